@@ -1,0 +1,59 @@
+"""The only parser: `python -m jobs.X …` and `distmeta X …` both come here. Imports neither torch nor ray itself."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from distmeta import config
+from distmeta.errors import RunError, UserError
+
+COMMANDS = {
+    "prepare": "turn raw files into a dataset, or a dataset into tasks",
+    "train": "meta-train a method, evaluate it against the floors, write the report",
+    "evaluate": "evaluate a run again and rewrite its report",
+    "benchmark": "measure this machine: adaptation, input",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one sentence that names the nearest flag."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message} (see {self.prog} --help)")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse all of `argv`; UserError on anything unknown, naming the nearest flag."""
+        values, unknown = self.parse_known_args(argv)
+        if unknown:
+            known = [s for a in self._actions for s in a.option_strings]
+            word = next((u for u in unknown if u.startswith("-")), unknown[0]).split("=")[0]
+            self.error(f"unknown argument {word}{config.nearest(word, known)}")
+        return values
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command; the exit status: 0, 2 for usage and bad input, 1 for a run that failed."""
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print("usage: distmeta COMMAND [...]\n\n" + "\n".join(f"  {n:<10} {h}" for n, h in COMMANDS.items())
+                  + "\n\n`distmeta COMMAND --help` explains each.")
+            return 0
+        if argv[0] not in COMMANDS:
+            raise UserError(f"unknown command {argv[0]!r}{config.nearest(argv[0], COMMANDS)}; commands: {' '.join(COMMANDS)}")
+        command = importlib.import_module(f"distmeta.commands.{argv[0]}")
+        return command.main(list(argv[1:])) or 0
+    except (UserError, RunError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2 if isinstance(e, UserError) else 1
+    except BrokenPipeError:
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def console() -> None:
+    """Entry point of the `distmeta` script."""
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,88 @@
+"""The canonical dataset: what `dataset.json`, `users/`, `items/` and `interactions/` hold (design §3).
+
+DATASET/
+  dataset.json                  manifest, written last: format version, label, fields, counts, files
+  users/part-00000.parquet      user int32 (0 … n−1, row order), raw_id string, one column a field
+  items/part-00000.parquet      item int32 (0 … n−1, row order), raw_id string, one column a field
+  interactions/part-*.parquet   user int32, item int32, label float32, time int64 (seconds); sorted by (user, time)
+  vocabularies/SIDE-FIELD.parquet   value string; row i is what index i stands for; row 0 is the unknown value
+
+Field columns: categorical int32 index; multi_categorical list<int32> of indices (empty = unknown);
+numeric float32 (null = unknown; standardised by the field's mean and std where it is used).
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from distmeta.errors import UserError
+from distmeta.storage import Location
+
+FORMAT = 1
+FieldType = Literal["categorical", "multi_categorical", "numeric"]
+
+
+@dataclass(frozen=True)
+class Field:
+    """One feature of users or of items."""
+
+    name: str
+    type: FieldType
+    size: int = 1
+    """Number of indices, the unknown value 0 included; 1 for a numeric field."""
+    mean: float = 0.0
+    """Numeric fields: mean over the users or items that have a value."""
+    std: float = 1.0
+    """Numeric fields: standard deviation, 1 where it would be 0."""
+
+
+@dataclass(frozen=True)
+class Label:
+    """What is predicted: a rating within [minimum, maximum], or a click (0 or 1)."""
+
+    kind: Literal["rating", "click"]
+    minimum: float
+    maximum: float
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The manifest of a canonical dataset."""
+
+    name: str
+    label: Label
+    user_fields: tuple[Field, ...]
+    item_fields: tuple[Field, ...]
+    users: int
+    items: int
+    interactions: int
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What the source adds: counts of dropped rows, the Bayes-optimal error of a synthetic dataset, …"""
+    files: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Table name ('users', 'items', 'interactions', 'vocabularies') -> [{"path", "rows", "bytes"}], paths relative."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def open(cls, where: "str | Location") -> "Dataset":
+        """Read DATASET/dataset.json.
+
+        Raises:
+            UserError: there is no dataset here, it is damaged, or of another format version.
+        """
+        location = Location.of(where)
+        manifest = location / "dataset.json"
+        if not manifest.exists():
+            raise UserError(f"{location}: no dataset here (dataset.json is missing); make one with `python -m jobs.prepare`")
+        raw = manifest.read_json()
+        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+            found = raw.get("format") if isinstance(raw, dict) else None
+            raise UserError(f"{manifest}: format version {found!r}, this distmeta reads {FORMAT}; prepare the dataset again")
+        try:
+            raw.pop("format")
+            raw["label"] = Label(**raw["label"])
+            for side in ("user_fields", "item_fields"):
+                raw[side] = tuple(Field(**f) for f in raw[side])
+            return cls(**raw)
+        except (KeyError, TypeError) as e:
+            raise UserError(f"{manifest}: damaged ({e}); prepare the dataset again") from None

@@ -1,0 +1,47 @@
+"""The registry: METHOD name -> its file and options. Importing it imports no torch."""
+
+import importlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from distmeta.config import nearest
+from distmeta.errors import UserError
+from distmeta.methods import options
+
+if TYPE_CHECKING:
+    from distmeta.methods.base import Method
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a method lives: `module` under distmeta.methods, class name, options dataclass."""
+
+    module: str
+    class_name: str
+    options: type
+    train: dict[str, Any] = field(default_factory=dict)
+    """Defaults of the `train` section that suit this method better than the general ones."""
+
+
+METHODS: dict[str, Entry] = {
+    "constant": Entry("constant", "Constant", options.Constant),
+    "itemmean": Entry("itemmean", "ItemMean", options.ItemMean),
+    "bias": Entry("bias", "Bias", options.Bias),
+    "als": Entry("als", "Als", options.Als),
+}
+
+FLOORS = {"rating": ("constant", "itemmean", "bias", "als")}
+"""What every report is compared with, by the dataset's label kind."""
+
+
+def entry(name: str) -> Entry:
+    """The registry entry of METHOD `name`; UserError naming the nearest one where there is none."""
+    if name not in METHODS:
+        raise UserError(f"unknown method {name!r}{nearest(name, METHODS)}; methods: {' '.join(METHODS)}")
+    return METHODS[name]
+
+
+def method_class(name: str) -> "type[Method]":
+    """The class of METHOD `name` (imports torch)."""
+    e = entry(name)
+    return getattr(importlib.import_module(f"distmeta.methods.{e.module}"), e.class_name)

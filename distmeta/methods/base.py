@@ -1,0 +1,59 @@
+"""The contract between a method and the rest: what a method is given, and what it must answer.
+
+A method knows nothing of ranks, files or Ray. It is constructed from its options, the dataset's manifest and the
+items' fields, and then learns in one of two ways:
+
+- by gradient: `loss(batch)` gives the per-task query loss with graph; the trainer averages over all tasks;
+- in closed form: `statistics(batch, sweep)` gives additive sums, `solve(statistics, sweep)` takes their total over
+  all tasks and workers. `sweeps` says how many passes over the training tasks it wants.
+
+Either way `adapt(batch)` looks at support rows only and `predict(state, batch)` scores the query rows.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from distmeta.data.schema import Dataset
+from distmeta.tasks import Bag, TaskBatch
+
+
+class Method(nn.Module, ABC):
+    """Base of every method.
+
+    Args:
+        options: the method's own dataclass from `distmeta.methods.options`.
+        dataset: manifest of the dataset (fields with sizes, label range, number of items).
+        items: the items' fields: Bags of `dataset.items` rows, by field name.
+    """
+
+    name: ClassVar[str]
+    sweeps: int = 0
+    """0: learned by gradient. Otherwise the number of statistics/solve passes."""
+
+    def __init__(self, options: Any, dataset: Dataset, items: dict[str, Bag]) -> None:
+        super().__init__()
+        self.options = options
+        self.dataset = dataset
+        self.item_bags = items
+
+    @abstractmethod
+    def adapt(self, batch: TaskBatch) -> list[Any]:
+        """Adapted state of each block, from user fields and support rows alone (never `block.query`)."""
+
+    @abstractmethod
+    def predict(self, state: list[Any], batch: TaskBatch) -> list[Tensor]:
+        """Scores [b, Q] of the query rows of each block, given `adapt`'s state for the same tasks."""
+
+    def loss(self, batch: TaskBatch) -> Tensor:
+        """Query loss [B] of each task after adaptation, in block order, with graph to the parameters."""
+        raise TypeError(f"{self.name} is solved in closed form; it has no loss")
+
+    def statistics(self, batch: TaskBatch, sweep: int) -> dict[str, Tensor]:
+        """Sums over the batch's tasks (support and query rows alike) that `solve` needs; additive over batches."""
+        raise TypeError(f"{self.name} is learned by gradient; it has no statistics")
+
+    def solve(self, statistics: dict[str, Tensor], sweep: int) -> None:
+        """Set the parameters (buffers) from the statistics summed over all training tasks."""
+        raise TypeError(f"{self.name} is learned by gradient; it has no statistics")

@@ -1,0 +1,35 @@
+"""Options of every method, apart from the code that needs torch, so that `--help` stays quick."""
+
+from dataclasses import dataclass
+
+from distmeta.config import option
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Predicts the mean training label."""
+
+
+@dataclass(frozen=True)
+class ItemMean:
+    """Predicts the item's mean training label, shrunk to the global mean."""
+
+    shrink: float = option(5.0, "Pseudo-count that pulls an item's mean to the global mean.")
+
+
+@dataclass(frozen=True)
+class Bias:
+    """Global mean + item bias + user bias; the new user's bias is fitted on the support."""
+
+    passes: int = option(6, "Alternating passes over item and user biases.")
+    shrink: float = option(5.0, "Pseudo-count of the biases in training.")
+    shrink_user: float = option(4.0, "Pseudo-count of a new user's bias on the support.")
+
+
+@dataclass(frozen=True)
+class Als:
+    """Alternating least squares with biases; the new user's vector is folded in by ridge regression."""
+
+    factors: int = option(10, "Latent factors besides the biases.")
+    penalty: float = option(8.0, "Ridge penalty of users and items, on the factors and on the biases.")
+    passes: int = option(12, "Alternating sweeps.")

@@ -1,0 +1,1 @@
+"""Task delivery, gradient exchange, checkpoints and the trainer: the only place that may import ray or torch.distributed."""

@@ -1,0 +1,93 @@
+"""TaskBatch: the one value that flows through everything.
+
+Shape letters used throughout distmeta:
+  B tasks, b tasks of one block, R rows of a side (S support, Q query), U unique items of the batch,
+  M values of a field (1 for a categorical one), F fields, e embedding width, d inputs and h outputs of a layer.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+class _Movable:
+    """Dataclasses of tensors (nested in tuples, dicts and further such dataclasses) that move together."""
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
+        """The same value on `device`, its floating-point tensors as `dtype` where one is given."""
+        return type(self)(**{f.name: _moved(getattr(self, f.name), device, dtype) for f in fields(self)})  # type: ignore[arg-type]
+
+
+def _moved(value: Any, device: torch.device | str, dtype: torch.dtype | None) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.is_floating_point() else None)
+    if isinstance(value, _Movable):
+        return value.to(device, dtype)
+    if isinstance(value, dict):
+        return {k: _moved(v, device, dtype) for k, v in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_moved(v, device, dtype) for v in value)
+    return value
+
+
+@dataclass(frozen=True)
+class Bag(_Movable):
+    """Values of one field for n users or items: weighted sets of indices into the field's embedding table.
+
+    categorical: M = 1, weight None (one). multi_categorical: weight 1/count (0 on padding; a mean, as MeLU's).
+    numeric: index 0, weight = the standardised value.
+    """
+
+    index: Tensor
+    """int64 [n, M]; 0 on padding."""
+    weight: Tensor | None
+    """float [n, M], or None where every weight is one."""
+
+    def take(self, rows: Tensor) -> "Bag":
+        """The bags of `rows` (int64 [k]), in that order."""
+        return Bag(self.index[rows], None if self.weight is None else self.weight[rows])
+
+
+@dataclass(frozen=True)
+class Rows(_Movable):
+    """Support or query of b tasks, padded to R rows; a task's rows stand first, in time order."""
+
+    item: Tensor
+    """int64 [b, R]: position in TaskBatch.items; 0 on padding."""
+    label: Tensor
+    """float [b, R]; 0 on padding."""
+    mask: Tensor
+    """bool [b, R]: true on real rows."""
+
+
+@dataclass(frozen=True)
+class TaskBlock(_Movable):
+    """Tasks of similar length, padded to common sizes."""
+
+    task: Tensor
+    """int64 [b]: task ids."""
+    user: dict[str, Bag]
+    """The user's fields: Bags of b users."""
+    support: Rows
+    query: Rows
+
+
+@dataclass(frozen=True)
+class TaskBatch(_Movable):
+    """B tasks: the items they touch, once each, and blocks of padded tasks that point into them."""
+
+    items: Tensor
+    """int64 [U]: item indices of the dataset, each once; every Rows.item points into this."""
+    blocks: tuple[TaskBlock, ...]
+    seed: int = 0
+    epoch: int = 0
+
+    def __len__(self) -> int:
+        """Number of tasks, B."""
+        return sum(len(block.task) for block in self.blocks)
+
+    def __iter__(self) -> Iterator[TaskBlock]:
+        return iter(self.blocks)

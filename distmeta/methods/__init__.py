@@ -24,6 +24,8 @@ class Entry:
 
 
 METHODS: dict[str, Entry] = {
+    "melu": Entry("melu", "MeLU", options.MeLU),
+    "metacs": Entry("metacs", "MetaCS", options.MetaCS),
     "constant": Entry("constant", "Constant", options.Constant),
     "itemmean": Entry("itemmean", "ItemMean", options.ItemMean),
     "bias": Entry("bias", "Bias", options.Bias),

@@ -33,3 +33,29 @@ class Als:
     factors: int = option(10, "Latent factors besides the biases.")
     penalty: float = option(8.0, "Ridge penalty of users and items, on the factors and on the biases.")
     passes: int = option(12, "Alternating sweeps.")
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """MAML for recommendation: embeddings, a decision MLP and inner steps on the support."""
+
+    embedding: int = option(32, "Width of a field's embedding.")
+    hidden: tuple[int, ...] = option((64, 64), "Widths of the decision MLP's hidden layers.")
+    item_ids: bool = option(False, "Use the item's id as a feature too; the papers use content alone.")
+    steps: int = option(1, "Inner gradient steps on the support.")
+    local_lr: float = option(0.01, "Inner step size; where it is learned, what it starts from.")
+    learn_rates: bool = option(True, "Learn the inner step size of each layer.")
+    first_order: bool = option(False, "Leave the derivative of the inner gradients out of the meta-gradient.")
+    form: str = option(
+        "auto", "Fast weights: auto by cost, dual pairs or private matrices.", ("auto", "dual", "private")
+    )
+
+
+@dataclass(frozen=True)
+class MeLU(Gradient):
+    """Decision layers adapt, embeddings do not."""
+
+
+@dataclass(frozen=True)
+class MetaCS(Gradient):
+    """Everything adapts, embedding tables included."""

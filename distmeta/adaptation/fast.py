@@ -1,0 +1,181 @@
+"""Fast weights of a block of tasks: what the inner loop has added to each adapted map.
+
+A dense layer is kept in one of two forms that agree to rounding (cost.py chooses):
+dual, as pairs (x_s, d = α δ) with  x W' + b' = x W + b − Σ_pairs (x x_sᵀ + 1) d;
+private, as a weight matrix a task. A table is always dual.
+
+Shape letters: b tasks, R rows at hand, S support rows, d inputs, h outputs, e embedding width.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from distmeta.adaptation.features import Features, PerTask
+from distmeta.adaptation.maps import Linear, Map, Table
+from distmeta.adaptation.overlap import overlap
+from distmeta.tasks import Bag
+
+
+@dataclass
+class Pair:
+    """Support input x of a dense layer and d = α δ [b, S, h], and Gram matrices (plus one) with it."""
+
+    x: Features
+    d: Tensor
+    grams: dict[tuple[int, bool], tuple[Features, Tensor]] = field(default_factory=dict)
+
+    def gram(self, x: Features) -> Tensor:
+        """x x_sᵀ + 1 [b, R, S]; the +1 is the bias. Kept, because the first layer's inputs return at every step."""
+        key = (id(x), torch.is_grad_enabled())
+        if key not in self.grams:
+            self.grams[key] = (x, x.gram(self.x) + 1)  # x is held, so its id is not given to another
+        return self.grams[key][1]
+
+
+class FastLinear(Protocol):
+    """An adapted dense layer of b tasks."""
+
+    def forward(self, x: Features) -> Tensor:
+        """x W' + b' [b, R, h]."""
+        ...
+
+    def input_delta(self, delta: Tensor, x: Features, part: int) -> Tensor:
+        """δ W'ᵀ for one part of the input: [b, R, d_part], summed over the rows where the part is per task."""
+        ...
+
+    def add(self, x: Features, d: Tensor) -> "FastLinear":
+        """The layer after W' ← W' − x_sᵀ d, b' ← b' − Σ d."""
+        ...
+
+
+def base_input_delta(weight: Tensor, delta: Tensor, x: Features, part: int) -> Tensor:
+    """δ Wᵀ for one part of the input, W [d, h] shared or [b, d, h] private."""
+    return torch.matmul(delta, x.slices(weight)[part].transpose(-1, -2))
+
+
+class Dual:
+    """Shared weights and pairs."""
+
+    def __init__(self, layer: Linear, pairs: tuple[Pair, ...] = ()) -> None:
+        self.layer = layer
+        self.pairs = pairs
+
+    def forward(self, x: Features) -> Tensor:
+        z = x.times(self.layer.weight) + self.layer.bias
+        for pair in self.pairs:
+            gram = pair.gram(x)
+            z = torch.baddbmm(z.expand(-1, gram.shape[1], -1), gram, pair.d, alpha=-1)
+        return z
+
+    def input_delta(self, delta: Tensor, x: Features, part: int) -> Tensor:
+        out = base_input_delta(self.layer.weight, delta, x, part)
+        for pair in self.pairs:
+            coefficient = torch.bmm(delta, pair.d.transpose(1, 2))
+            p = pair.x.cut_like(x)[part]
+            if isinstance(p, PerTask):
+                out = out - coefficient.sum(-1, keepdim=True) * p.x
+            else:
+                out = torch.baddbmm(out, coefficient, p.rows(), alpha=-1)
+        return out
+
+    def add(self, x: Features, d: Tensor) -> "Dual":
+        for i, pair in enumerate(self.pairs):
+            if pair.x is x:  # an input that does not move: its pairs share x_s and their d add up
+                merged = Pair(x, pair.d + d, pair.grams)
+                return Dual(self.layer, (*self.pairs[:i], merged, *self.pairs[i + 1 :]))
+        return Dual(self.layer, (*self.pairs, Pair(x, d)))
+
+
+class Private:
+    """A weight matrix [b, d, h] and a bias [b, 1, h] a task."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self.weight = weight
+        self.bias = bias
+
+    @classmethod
+    def of(cls, layer: Linear, tasks: int) -> "Private":
+        return cls(layer.weight.expand(tasks, -1, -1), layer.bias.expand(tasks, 1, -1))
+
+    def forward(self, x: Features) -> Tensor:
+        rows = x.dense()
+        return torch.baddbmm(self.bias.expand(-1, rows.shape[1], -1), rows, self.weight)
+
+    def input_delta(self, delta: Tensor, x: Features, part: int) -> Tensor:
+        return base_input_delta(self.weight, delta, x, part)
+
+    def add(self, x: Features, d: Tensor) -> "Private":
+        weight = torch.baddbmm(self.weight, x.dense().transpose(1, 2), d, alpha=-1)
+        return Private(weight, self.bias - d.sum(1, keepdim=True))
+
+
+class FastTable:
+    """An adapted embedding table of b tasks: bags of support rows and their d [b, S, e], one entry a place of use."""
+
+    def __init__(self, table: Table, pairs: tuple[tuple[Bag, Tensor], ...] = ()) -> None:
+        self.table = table
+        self.pairs = pairs
+
+    def correction(self, bag: Bag, overlaps: dict[tuple[int, int], tuple[Bag, Bag, Tensor]]) -> Tensor:
+        """What the steps have subtracted from the embeddings of `bag` [b, R, M]: Σ overlap · d, [b, R, e]."""
+        size, total = self.table.weight.shape[0], None
+        for other, d in self.pairs:
+            key = (id(bag), id(other))
+            if key not in overlaps:
+                overlaps[key] = (bag, other, overlap(bag, other, size, d.dtype))  # both held: ids stay theirs
+            term = torch.bmm(overlaps[key][2], d)
+            total = term if total is None else total + term
+        assert total is not None
+        return total
+
+    def add(self, bag: Bag, d: Tensor) -> "FastTable":
+        for i, (other, old) in enumerate(self.pairs):
+            if other is bag:
+                return FastTable(self.table, (*self.pairs[:i], (bag, old + d), *self.pairs[i + 1 :]))
+        return FastTable(self.table, (*self.pairs, (bag, d)))
+
+
+Form = Callable[[Linear, Features, int], bool]
+"""(layer, its support input, support rows) -> whether the layer gets private weights."""
+
+
+class FastWeights:
+    """What a block's inner loop has changed so far; maps that are not in it are as they were.
+
+    Args:
+        rates: step size of each adapted map: a number or a tensor that broadcasts against δ [b, S, h]
+            ([b, 1, 1] for personal rates, a scalar parameter for a learned one).
+        private: chooses the form of a dense layer when it takes its first step.
+    """
+
+    def __init__(self, rates: Mapping[Map, Tensor | float], private: Form) -> None:
+        self.rates = rates
+        self.private = private
+        self.linear: dict[Linear, FastLinear] = {}
+        self.tables: dict[Table, FastTable] = {}
+        self.overlaps: dict[tuple[int, int], tuple[Bag, Bag, Tensor]] = {}
+        self.inputs: dict[tuple[int, ...], Features] = {}
+
+    def step(self, records: Mapping[Map, list[tuple[Features | Bag, Tensor]]]) -> None:
+        """One inner step of every adapted map, from (input, δ) of all its places of use.
+
+        All δ of the step exist before the first pair is added: with a shared map, adding one early would change
+        what the others are taken at (adaptation.md, caveat 2).
+        """
+        for m, places in records.items():
+            rate = self.rates[m]
+            for x, delta in places:
+                d = rate * delta
+                if isinstance(m, Linear):
+                    assert isinstance(x, Features)
+                    if m not in self.linear:
+                        chosen = self.private(m, x, delta.shape[1])
+                        self.linear[m] = Private.of(m, len(delta)) if chosen else Dual(m)
+                    self.linear[m] = self.linear[m].add(x, d)
+                else:
+                    assert isinstance(x, Bag)
+                    self.tables[m] = self.tables.get(m, FastTable(m)).add(x, d)

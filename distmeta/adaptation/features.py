@@ -1,0 +1,140 @@
+"""Rows of features before they are expanded.
+
+A row's input is parts side by side: what is constant within a task (the user's half), what repeats across tasks
+(items: each unique item once, and an index), and what is neither. Products with a shared weight are done on the
+small form and expanded afterwards: the user's half is projected once a task, an item once a batch.
+
+Shape letters: b tasks, R rows, U unique items, d inputs, h outputs.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class PerTask:
+    """A part that is the same in every row of a task: x [b, 1, d]."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        self.width = x.shape[-1]
+
+    def rows(self) -> Tensor:
+        return self.x
+
+    def product(self, weight: Tensor, whole: Tensor, first: int) -> Tensor:
+        return self.x @ weight
+
+
+class Dense:
+    """A part with a value of its own in each row: x [b, R, d]."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        self.width = x.shape[-1]
+
+    def rows(self) -> Tensor:
+        return self.x
+
+    def product(self, weight: Tensor, whole: Tensor, first: int) -> Tensor:
+        return self.x @ weight
+
+
+@dataclass
+class Unique:
+    """Features of the batch's unique items [U, d], shared by all blocks, and their products with shared weights."""
+
+    x: Tensor
+    products: dict[tuple[int, int, bool], Tensor] = field(default_factory=dict)
+
+    def product(self, weight: Tensor, whole: Tensor, first: int) -> Tensor:
+        """x @ weight, computed once a batch, for weight = whole[first : first + d] (a slice is a new tensor each time).
+
+        A product made without a graph must not serve where one is needed, hence the third part of the key.
+        """
+        k = (id(whole), first, torch.is_grad_enabled())
+        if k not in self.products:
+            self.products[k] = self.x @ weight
+        return self.products[k]
+
+    def detach(self) -> "Unique":
+        return Unique(self.x.detach())
+
+
+class Gathered:
+    """A part whose rows are unique items: row r of a task is unique.x[index[r]]; index [b, R]."""
+
+    def __init__(self, unique: Unique, index: Tensor) -> None:
+        self.unique = unique
+        self.index = index
+        self.width = unique.x.shape[-1]
+        self._rows: Tensor | None = None
+
+    def rows(self) -> Tensor:
+        if self._rows is None:
+            self._rows = F.embedding(self.index, self.unique.x)
+        return self._rows
+
+    def product(self, weight: Tensor, whole: Tensor, first: int) -> Tensor:
+        return F.embedding(self.index, self.unique.product(weight, whole, first))
+
+
+Part = PerTask | Dense | Gathered
+"""Each has `width`, `rows()` [b, R or 1, d] and `product(weight, whole, first)` [b, R or 1, h], where weight [d, h]
+is the slice of `whole` that starts at row `first`."""
+
+
+class Features:
+    """Rows of a layer's input: parts side by side, d = Σ widths."""
+
+    def __init__(self, *parts: Part, fixed: bool = False) -> None:
+        self.parts = parts
+        self.fixed = fixed
+        """Whether the rows stay what they are while the task adapts."""
+        self.starts = [sum(p.width for p in parts[:i]) for i in range(len(parts))]
+
+    def slices(self, weight: Tensor) -> list[Tensor]:
+        """The rows of weight [..., d, h] that belong to each part."""
+        return list(weight.split([p.width for p in self.parts], dim=-2))
+
+    def times(self, weight: Tensor) -> Tensor:
+        """x @ weight [b, R, h] for a shared weight [d, h]; [b, 1, h] where every part is per task."""
+        terms = [
+            p.product(w, weight, i)
+            for p, w, i in zip(self.parts, self.slices(weight), self.starts, strict=True)
+        ]
+        return _sum(terms)
+
+    def gram(self, other: "Features") -> Tensor:
+        """x x'ᵀ [b, R, S] with the rows of `other`, part by part; a per-task part adds one number a task."""
+        return _sum([inner(p, q) for p, q in zip(self.parts, other.cut_like(self), strict=True)])
+
+    def cut_like(self, other: "Features") -> tuple[Part, ...]:
+        """The same rows in parts of the other's widths: a shared map may see differently divided inputs."""
+        widths = [p.width for p in other.parts]
+        if widths == [p.width for p in self.parts]:
+            return self.parts
+        return tuple(Dense(x) for x in self.dense().split(widths, dim=-1))
+
+    def dense(self) -> Tensor:
+        """The expanded input [b, R, d]."""
+        rows = max((n for n in (p.rows().shape[1] for p in self.parts) if n != 1), default=1)
+        expanded = [p.rows().expand(-1, rows, -1) for p in self.parts]
+        return expanded[0] if len(expanded) == 1 else torch.cat(expanded, dim=-1)
+
+
+def inner(p: Part, q: Part) -> Tensor:
+    """Inner products of the rows of two parts: [b, R, S], or [b, 1, 1] where both are per task."""
+    if isinstance(p, PerTask) and isinstance(q, PerTask):
+        return (p.x * q.x).sum(-1, keepdim=True)
+    return torch.matmul(p.rows(), q.rows().transpose(1, 2))
+
+
+def _sum(terms: list[Tensor]) -> Tensor:
+    # the small, broadcast terms first: one expansion instead of one for each
+    total, *others = sorted(terms, key=lambda t: t.numel())
+    for term in others:
+        total = term + total
+    return total

@@ -1,0 +1,57 @@
+"""The inner loop: k steps of gradient descent on the support loss of every task of a block at once."""
+
+import contextlib
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from distmeta.adaptation.cost import Plan
+from distmeta.adaptation.fast import FastWeights
+from distmeta.adaptation.maps import Map
+from distmeta.adaptation.tape import Node, Tape
+from distmeta.tasks import Rows
+
+
+def squared_error(prediction: Tensor, rows: Rows) -> Tensor:
+    """Mean squared error of each task over its real rows: [b] from predictions [b, R]; 0 for a task without rows."""
+    count = rows.mask.sum(1).clamp(min=1)
+    return ((prediction - rows.label).square() * rows.mask).sum(1) / count
+
+
+def squared_error_delta(prediction: Tensor, rows: Rows) -> Tensor:
+    """∂ squared_error / ∂ prediction: [b, R]; 0 on padding, so that padding moves nothing."""
+    mask = rows.mask.to(prediction.dtype)
+    return (prediction - rows.label) * (mask * (2 / mask.sum(1, keepdim=True).clamp(min=1)))
+
+
+def adapt(
+    forward: Callable[[Tape], Node],
+    support: Rows,
+    rates: Mapping[Map, Tensor | float],
+    *,
+    steps: int,
+    first_order: bool,
+    plan: Plan,
+    delta: Callable[[Tensor, Rows], Tensor] = squared_error_delta,
+) -> FastWeights:
+    """Fast weights of a block's tasks after `steps` full-batch gradient steps on the support.
+
+    Args:
+        forward: predicts the support rows on a tape: a node of value [b, S, 1]. With `first_order` its inputs must
+            carry no graph (networks.py detaches them), as the stored inputs must not (adaptation.md, caveat 1).
+        rates: step size of every adapted map; see FastWeights.
+        first_order: leave the derivative of the inner gradients out of the meta-gradient. Gradients still reach
+            the shared weights through the query pass, and the rates.
+        plan: chooses dual or private weights, layer by layer.
+        delta: derivative of the support loss by the predictions, in differentiable operations.
+    """
+    fast = FastWeights(rates, plan.private)
+    for _ in range(steps):
+        with torch.no_grad() if first_order else contextlib.nullcontext():
+            tape = Tape(fast)
+            out = forward(tape)
+            y = out.part.rows()
+            records = tape.backward(out, delta(y.squeeze(-1), support).unsqueeze(-1))
+        fast.step(records)
+    return fast

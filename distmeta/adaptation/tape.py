@@ -1,0 +1,146 @@
+"""A forward pass over the rows of a block that can write out its own δ.
+
+`backward` walks the pass in reverse and computes δ = ∂L/∂z of every adapted map in ordinary, differentiable
+operations. So an exact second-order meta-gradient needs one reverse pass of autograd, over the query loss, and
+no graph of a graph (adaptation.md: "δ of an MLP can be written out in forward form").
+
+Shape letters: b tasks, R rows (1 for a value that is the same in all rows of a task), U unique items, F fields.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from distmeta.adaptation.fast import FastWeights, base_input_delta
+from distmeta.adaptation.features import Dense, Features, Part, PerTask
+from distmeta.adaptation.maps import Linear, Map, Table
+from distmeta.tasks import Bag
+
+
+class Place(Protocol):
+    """Where a group of tables is looked up: the users of a block, or the items of its rows."""
+
+    def base(self) -> Part:
+        """The unadapted embeddings of all fields side by side."""
+        ...
+
+    def bag(self, name: str) -> Bag:
+        """Bags [b, R, M] of one field; the same object at each call."""
+        ...
+
+
+class Node:
+    """A value of the pass: one part of features; δ arrives in `backward`."""
+
+    def __init__(self, part: Part, needs: bool) -> None:
+        self.part = part
+        self.needs = needs
+        """Whether an adapted map lies below, so that δ has to flow here."""
+        self.delta: Tensor | None = None
+
+    def receive(self, delta: Tensor) -> None:
+        self.delta = delta if self.delta is None else self.delta + delta
+
+
+Records = dict[Map, list[tuple[Features | Bag, Tensor]]]
+
+
+class Tape:
+    """One pass. `fast` holds the weights changed so far; `rates` of it names the adapted maps."""
+
+    def __init__(self, fast: FastWeights) -> None:
+        self.fast = fast
+        self._reverse: list[Callable[[Records], None]] = []
+
+    def lookup(self, tables: Mapping[str, Table], place: Place) -> Node:
+        """Embeddings of all fields of `place` side by side, as adapted so far."""
+        part = place.base()
+        corrections = [
+            self.fast.tables[t].correction(place.bag(name), self.fast.overlaps)
+            if t in self.fast.tables
+            else None
+            for name, t in tables.items()
+        ]
+        if any(c is not None for c in corrections):
+            kind = PerTask if isinstance(part, PerTask) else Dense
+            rows = part.rows()
+            widths = [t.weight.shape[1] for t in tables.values()]
+            whole = [
+                rows.new_zeros(()).expand(*rows.shape[:2], w) if c is None else c
+                for c, w in zip(corrections, widths, strict=True)
+            ]
+            part = kind(rows - torch.cat(whole, dim=-1))
+        node = Node(part, any(t in self.fast.rates for t in tables.values()))
+
+        def reverse(records: Records) -> None:
+            if node.needs and node.delta is not None:
+                deltas = node.delta.split([t.weight.shape[1] for t in tables.values()], dim=-1)
+                for (name, table), delta in zip(tables.items(), deltas, strict=True):
+                    if table in self.fast.rates:
+                        records.setdefault(table, []).append((place.bag(name), delta))
+
+        self._reverse.append(reverse)
+        return node
+
+    def linear(self, layer: Linear, *inputs: Node) -> Node:
+        """x W' + b' of the inputs side by side; per task where all inputs are."""
+        x = self._features(inputs)
+        per_task = all(isinstance(p, PerTask) for p in x.parts)
+        fast = self.fast.linear.get(layer)
+        z = x.times(layer.weight) + layer.bias if fast is None else fast.forward(x)
+        adapted = layer in self.fast.rates
+        node = Node(PerTask(z) if per_task else Dense(z), adapted or any(n.needs for n in inputs))
+
+        def reverse(records: Records) -> None:
+            delta = node.delta
+            if not node.needs or delta is None:
+                return
+            if adapted:
+                records.setdefault(layer, []).append((x, delta))
+            for i, n in enumerate(inputs):
+                if n.needs:
+                    # a per-task input feeds every row: its δ is the sum over rows, taken before the product
+                    d = (
+                        delta.sum(1, keepdim=True)
+                        if isinstance(n.part, PerTask) and delta.shape[1] != 1
+                        else delta
+                    )
+                    n.receive(fast.input_delta(d, x, i) if fast else base_input_delta(layer.weight, d, x, i))
+
+        self._reverse.append(reverse)
+        return node
+
+    def relu(self, x: Node, slope: float = 0.0) -> Node:
+        """Leaky ReLU with the given slope below 0 (0: plain ReLU)."""
+        z = x.part.rows()
+        y = torch.nn.functional.leaky_relu(z, slope) if slope else torch.relu(z)
+        node = Node(type(x.part)(y) if isinstance(x.part, PerTask | Dense) else Dense(y), x.needs)
+
+        def reverse(records: Records) -> None:
+            if x.needs and node.delta is not None:
+                if slope:
+                    x.receive(torch.ops.aten.leaky_relu_backward(node.delta, z, slope, False))
+                else:
+                    x.receive(torch.ops.aten.threshold_backward(node.delta, z, 0))
+
+        self._reverse.append(reverse)
+        return node
+
+    def backward(self, out: Node, delta: Tensor) -> Records:
+        """(input, δ) of every place of use of every adapted map, given ∂L/∂out [b, R, 1]; each L is one task's loss."""
+        out.receive(delta)
+        records: Records = {}
+        for reverse in reversed(self._reverse):
+            reverse(records)
+        return records
+
+    def _features(self, inputs: tuple[Node, ...]) -> Features:
+        # the same parts are the same Features in every pass: Gram matrices of inputs that do not move are kept by it
+        key = tuple(id(n.part) for n in inputs)
+        if key not in self.fast.inputs:
+            self.fast.inputs[key] = Features(
+                *(n.part for n in inputs), fixed=not any(n.needs for n in inputs)
+            )
+        return self.fast.inputs[key]

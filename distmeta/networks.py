@@ -1,0 +1,161 @@
+"""Network parts that methods share: the feature embedding block, and the decision MLP on a tape.
+
+Shape letters: b tasks, R rows, U unique items of a batch, M values of a field, F fields, e embedding width.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from distmeta.adaptation.features import Gathered, Part, PerTask, Unique
+from distmeta.adaptation.maps import Linear, Table
+from distmeta.adaptation.tape import Node, Tape
+from distmeta.data.schema import Dataset, Field
+from distmeta.errors import UserError
+from distmeta.tasks import Bag, Rows, TaskBatch, TaskBlock
+
+ITEM_ID = "item id"
+"""Name of the item's own index as a feature; no field of a dataset may be called so (it holds a space)."""
+
+
+def content_fields(dataset: Dataset) -> tuple[list[Field], list[Field]]:
+    """User and item fields that the papers use: those the dataset's source names, or all there are."""
+    named = dataset.extra.get("content_fields", {})
+    sides = []
+    for side, fields in (("user", dataset.user_fields), ("item", dataset.item_fields)):
+        wanted = named.get(side)
+        sides.append([f for f in fields if wanted is None or f.name in wanted])
+    return sides[0], sides[1]
+
+
+class UserPlace:
+    """Tables looked up at the users of a block: one row a task."""
+
+    def __init__(self, x: Tensor, bags: Mapping[str, Bag]) -> None:
+        self._part = PerTask(x.unsqueeze(1))
+        self._bags = {
+            name: Bag(bag.index.unsqueeze(1), None if bag.weight is None else bag.weight.unsqueeze(1))
+            for name, bag in bags.items()
+        }
+
+    def base(self) -> Part:
+        return self._part
+
+    def bag(self, name: str) -> Bag:
+        return self._bags[name]
+
+
+class ItemPlace:
+    """Tables looked up at the items of a block's support or query rows."""
+
+    def __init__(self, unique: Unique, bags: Mapping[str, Bag], index: Tensor) -> None:
+        self._part = Gathered(unique, index)
+        self._unique_bags = bags
+        self._bags: dict[str, Bag] = {}
+
+    def base(self) -> Part:
+        return self._part
+
+    def bag(self, name: str) -> Bag:
+        if name not in self._bags:
+            self._bags[name] = self._unique_bags[name].take(self._part.index)
+        return self._bags[name]
+
+
+class Embedding(nn.Module):
+    """The feature embedding block: one table a field, e wide, side by side (MeLU §3.1; multi-hot fields by their mean).
+
+    Args:
+        dataset: names and sizes of the fields.
+        items: Bags of all items by field name.
+        width: e.
+        item_ids: whether the item's own index is a feature too; the papers leave it out, practice does not.
+    """
+
+    def __init__(self, dataset: Dataset, items: Mapping[str, Bag], width: int, item_ids: bool) -> None:
+        super().__init__()
+        user_fields, item_fields = content_fields(dataset)
+        if not user_fields and not item_fields and not item_ids:
+            raise UserError(f"{dataset.name}: has no user or item fields to learn from; add --item-ids")
+        # ModuleDict forbids dots in names, which a user's own table may have: the tables go by position there
+        self.user_names = [f.name for f in user_fields]
+        self.item_names = [f.name for f in item_fields] + ([ITEM_ID] if item_ids else [])
+        self.user_tables = nn.ModuleList(Table(f.size, width) for f in user_fields)
+        sizes = [f.size for f in item_fields] + ([dataset.items] if item_ids else [])
+        self.item_tables = nn.ModuleList(Table(n, width) for n in sizes)
+        self.user_width = width * len(self.user_tables)
+        self.item_width = width * len(self.item_tables)
+        self._all_items = items
+
+    def users(self) -> dict[str, Table]:
+        return dict(zip(self.user_names, self.user_tables, strict=True))  # type: ignore[arg-type]
+
+    def items(self) -> dict[str, Table]:
+        return dict(zip(self.item_names, self.item_tables, strict=True))  # type: ignore[arg-type]
+
+    def item_bags(self, items: Tensor) -> dict[str, Bag]:
+        """Bags of the given items (int64 [U]) by field name, the id included where it is a feature."""
+        own = Bag(items.unsqueeze(1), None)
+        return {
+            name: own if name == ITEM_ID else self._all_items[name].take(items) for name in self.item_names
+        }
+
+    def encode(self, batch: TaskBatch) -> "Encoded":
+        """Embed what the batch touches: each unique item once, each user once."""
+        bags = self.item_bags(batch.items)
+        columns = [table(bags[name]) for name, table in self.items().items()]
+        x = torch.cat(columns, -1) if columns else self._empty(len(batch.items))
+        return Encoded(self, Unique(x), bags)
+
+    def user_place(self, block: TaskBlock) -> UserPlace:
+        bags = {name: block.user[name] for name in self.user_names}
+        columns = [table(bags[name]) for name, table in self.users().items()]
+        return UserPlace(torch.cat(columns, -1) if columns else self._empty(len(block.task)), bags)
+
+    def _empty(self, rows: int) -> Tensor:
+        return next(self.parameters()).new_zeros(rows, 0)
+
+
+class Encoded:
+    """Embeddings of one batch, and the places of its blocks."""
+
+    def __init__(self, embedding: Embedding, unique: Unique, bags: dict[str, Bag]) -> None:
+        self._embedding = embedding
+        self._unique = unique
+        self._detached = unique.detach()
+        self._bags = bags
+
+    def support(self, block: TaskBlock, detach: bool) -> tuple[UserPlace, ItemPlace]:
+        """Users and items of the support rows; without graph where `detach` (first order)."""
+        if not detach:
+            return self._places(block, block.support, self._unique)
+        with torch.no_grad():
+            return self._places(block, block.support, self._detached)
+
+    def query(self, block: TaskBlock) -> tuple[UserPlace, ItemPlace]:
+        """Users and items of the query rows."""
+        return self._places(block, block.query, self._unique)
+
+    def _places(self, block: TaskBlock, rows: Rows, unique: Unique) -> tuple[UserPlace, ItemPlace]:
+        return self._embedding.user_place(block), ItemPlace(unique, self._bags, rows.item)
+
+
+class Decision(nn.Module):
+    """Fully connected layers with ReLU between them and one linear output a row."""
+
+    def __init__(self, d: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        widths = [d, *hidden, 1]
+        self.layers = nn.ModuleList(Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+
+    def __iter__(self) -> Iterator[Linear]:
+        return iter(self.layers)  # type: ignore[arg-type]
+
+    def forward(self, tape: Tape, *inputs: Node) -> Node:
+        """Predictions [b, R, 1] of the rows whose features are `inputs` side by side."""
+        first, *others = self
+        node = tape.linear(first, *inputs)
+        for layer in others:
+            node = tape.linear(layer, tape.relu(node))
+        return node

@@ -1,0 +1,217 @@
+"""`prepare`: raw files -> a dataset, or a dataset and a protocol -> a task table."""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+
+from distmeta.cli import Parser
+from distmeta.config import DataOptions, add_flags, build, nearest
+from distmeta.data.schema import Dataset
+from distmeta.errors import UserError
+from distmeta.storage import Location
+
+_HELP = """\
+usage: prepare SOURCE --out DATASET [...]
+       prepare tasks --data DATASET [...]
+
+Turn raw files into a dataset (dataset.json, users/, items/, interactions/, vocabularies/),
+or a dataset into tasks.
+
+sources:
+  movielens-1m     ratings.dat users.dat movies.dat [movies_extrainfos.dat], as grouplens.org gives them
+  movielens-100k   u.data u.user u.item, as grouplens.org gives them
+  table            your own Parquet or CSV files, described by a short YAML file
+  synthetic        a made world of clusters whose best possible error is known
+and:
+  tasks            choose users, support and query by a protocol (train does this by itself on first use)
+
+examples:
+  python -m jobs.prepare movielens-1m --raw ml-1m --out data/ml-1m
+  python -m jobs.prepare table --spec shop.yaml --raw exports --out s3://bucket/shop
+  python -m jobs.prepare synthetic --users 2000 --items 500 --out data/made
+  python -m jobs.prepare tasks --data data/ml-1m --protocol cmml-user --split-seed 0
+
+`prepare SOURCE --help` explains each.
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `prepare`; 0 when the dataset or task table is there.
+
+    Raises:
+        UserError: usage or bad input.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_HELP, end="")
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in _SOURCES:
+        raise UserError(
+            f"prepare: unknown source {name!r}{nearest(name, _SOURCES)}; sources: {' '.join(_SOURCES)}"
+        )
+    return _SOURCES[name](rest)
+
+
+def _parser(name: str, description: str, epilog: str) -> Parser:
+    return Parser(
+        prog=f"prepare {name}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _add_out(parser: Parser) -> None:
+    parser.add_argument(
+        "--out", required=True, metavar="DATASET",
+        help="new directory or URI for the dataset; refused where one is already",
+    )  # fmt: skip
+
+
+def _movielens_1m(argv: Sequence[str]) -> int:
+    parser = _parser(
+        "movielens-1m",
+        "Read MovieLens 1M (https://grouplens.org/datasets/movielens/1m/).\n"
+        "Files: ratings.dat, users.dat, movies.dat.\n"
+        "User fields: gender, age, occupation, zip (first five characters); item fields: year, genres.\n"
+        "With MeLU's movies_extrainfos.dat beside them also rate, genre, director, actor.",
+        "example: python -m jobs.prepare movielens-1m --raw ml-1m --out data/ml-1m",
+    )
+    parser.add_argument("--raw", required=True, metavar="DIR", help="folder that holds the files")
+    _add_out(parser)
+    args = parser.parse(argv)
+    from distmeta.data.sources.movielens import movielens_1m
+
+    return _make(args.out, lambda out: movielens_1m(Location.of(args.raw), out))
+
+
+def _movielens_100k(argv: Sequence[str]) -> int:
+    parser = _parser(
+        "movielens-100k",
+        "Read MovieLens 100K (https://grouplens.org/datasets/movielens/100k/): u.data, u.user, u.item.\n"
+        "User fields: age (a number), gender, occupation, zip; item fields: year, genres.",
+        "example: python -m jobs.prepare movielens-100k --raw ml-100k --out data/ml-100k",
+    )
+    parser.add_argument("--raw", required=True, metavar="DIR", help="folder that holds the files")
+    _add_out(parser)
+    args = parser.parse(argv)
+    from distmeta.data.sources.movielens import movielens_100k
+
+    return _make(args.out, lambda out: movielens_100k(Location.of(args.raw), out))
+
+
+def _table(argv: Sequence[str]) -> int:
+    from distmeta.data.sources.table import EXAMPLE, table
+
+    parser = _parser(
+        "table",
+        "Read your own Parquet or CSV files, described by a YAML file:\n\n"
+        + "".join(f"    {line}\n" for line in EXAMPLE.splitlines())
+        + "\nField types: categorical, multi_categorical, numeric; `column` is the name where it is absent.\n"
+        "Without users or items a side has no fields. Without a time column rows are taken as in order of\n"
+        "time. Of one user's rows about one item the last by time is kept. A file whose name ends in\n"
+        ".csv has a header; everything else is Parquet (a file, or a folder of parts). Rows in messages\n"
+        "count from 1, the header not among them.",
+        "example: python -m jobs.prepare table --spec shop.yaml --raw exports --out data/shop",
+    )
+    parser.add_argument("--spec", required=True, metavar="FILE", help="the YAML file")
+    parser.add_argument(
+        "--raw", metavar="DIR", help="folder that the spec's files are relative to [the spec's own]"
+    )
+    _add_out(parser)
+    args = parser.parse(argv)
+    spec = Location.of(args.spec)
+    raw = Location.of(args.raw) if args.raw else Location(spec.fs, spec.path.rpartition("/")[0])
+    return _make(args.out, lambda out: table(spec, raw, out))
+
+
+def _synthetic(argv: Sequence[str]) -> int:
+    parser = _parser(
+        "synthetic",
+        "Make a world of clusters: ratings 1 to 5 (continuous) from user and item factors that fields tell\n"
+        "in part, plus noise. dataset.json says under extra.bayes what error an oracle has. The same seed\n"
+        "makes the same data.",
+        "example: python -m jobs.prepare synthetic --users 2000 --items 500 --seed 1 --out data/made",
+    )
+    _add_out(parser)
+    for flag, kind, default, text in (
+        ("--users", int, 600, "number of users"),
+        ("--items", int, 300, "number of items"),
+        ("--seed", int, 0, "what every draw comes from"),
+        ("--noise", float, 0.4, "standard deviation of the noise, in stars"),
+        ("--clusters", int, 4, "groups of users, and of items"),
+        ("--factors", int, 4, "length of the factors"),
+    ):
+        parser.add_argument(
+            flag, type=kind, default=default, metavar=kind.__name__.upper(), help=f"{text} [{default}]"
+        )
+    parser.add_argument(
+        "--per-user", type=int, nargs=2, default=(20, 60), metavar=("LOW", "HIGH"),
+        help="fewest and most ratings of a user [20 60]",
+    )  # fmt: skip
+    args = parser.parse(argv)
+    from distmeta.data.sources.synthetic import generate
+
+    def make(out: Location) -> Dataset:
+        return generate(
+            out, users=args.users, items=args.items, per_user=tuple(args.per_user), seed=args.seed,
+            noise=args.noise, clusters=args.clusters, factors=args.factors,
+        )  # fmt: skip
+
+    return _make(args.out, make)
+
+
+def _tasks(argv: Sequence[str]) -> int:
+    parser = _parser(
+        "tasks",
+        "Choose training, validation and test users, their support and query, by a protocol, and store them\n"
+        "under DATASET/tasks/. `train` does it on first use; here you see the counts and the split's hash.",
+        "example: python -m jobs.prepare tasks --data data/ml-1m --protocol cmml-user --split-seed 0",
+    )
+    add_flags(parser, DataOptions, "which tasks")
+    data = build(DataOptions, vars(parser.parse(argv)), "prepare tasks", flags=True)
+    if not data.data:
+        raise UserError("prepare tasks: --data is missing; name a dataset made by `prepare SOURCE --out`")
+    from distmeta.data import protocols, tasktable
+
+    start = time.perf_counter()
+    made = tasktable.make(
+        Location.of(data.data), data.protocol, data.split_seed, protocols.protocol_options(data)
+    )
+    print(f"split    {made.split_hash}")
+    print(f"tasks    {made.location} ({time.perf_counter() - start:.1f} s)")
+    return 0
+
+
+def _make(out: str, source: Callable[[Location], Dataset]) -> int:
+    """Run a source and print what it read, dropped and wrote."""
+    start = time.perf_counter()
+    where = Location.of(out)
+    dataset = source(where)
+    extra = dataset.extra
+    if extra["read"]:
+        print("read     " + ", ".join(f"{n:,} {what}" for what, n in extra["read"].items()))
+    for why, n in extra["dropped"].items():
+        print(f"dropped  {n:,} {why.replace('_', ' ')}")
+    for note in extra["notes"]:
+        print(f"note     {note}")
+    if "bayes" in extra:
+        print("bayes    " + ", ".join(f"{metric} {value:.4f}" for metric, value in extra["bayes"].items()))
+    for side, fields in (("user", dataset.user_fields), ("item", dataset.item_fields)):
+        sizes = ", ".join(
+            f.name if f.type == "numeric" else f"{f.name} ({f.size - 1:,} values)" for f in fields
+        )
+        print(f"{side:<9}{sizes or 'no fields'}")
+    print(f"wrote    {dataset.users:,} users, {dataset.items:,} items, {dataset.interactions:,} interactions")
+    print(f"dataset  {where} ({time.perf_counter() - start:.1f} s)")
+    return 0
+
+
+_SOURCES: dict[str, Callable[[Sequence[str]], int]] = {
+    "movielens-1m": _movielens_1m,
+    "movielens-100k": _movielens_100k,
+    "table": _table,
+    "synthetic": _synthetic,
+    "tasks": _tasks,
+}

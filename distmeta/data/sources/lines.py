@@ -1,0 +1,93 @@
+"""Separated text files, read strictly: whatever is wrong is named by file and line."""
+
+from collections.abc import Callable, Sequence
+
+import polars as pl
+
+from distmeta.errors import UserError
+from distmeta.storage import Location
+
+
+def read_columns(
+    file: Location, separator: str, names: Sequence[str], *, get: str, encoding: str = "latin-1"
+) -> pl.DataFrame:
+    """The file's columns as strings, row i being line i + 1.
+
+    Args:
+        separator: one or more characters, never inside a value.
+        get: where the file comes from, for the sentence that says it is missing or damaged.
+
+    Raises:
+        UserError: missing, empty, not in `encoding`, cut short, or a line with another number of columns.
+    """
+    try:
+        raw = file.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; {get}") from None
+    except OSError as e:
+        raise UserError(f"{file}: cannot be read ({e}); check that it is a file that you may read") from None
+    if not raw:
+        raise UserError(f"{file}: the file is empty; {get}")
+    try:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError as e:
+        line = raw.count(b"\n", 0, e.start) + 1
+        raise UserError(f"{file}, line {line}: not {encoding} text; {get}") from None
+    *lines, rest = text.split("\n")
+    if rest:
+        raise UserError(
+            f"{file}, line {len(lines) + 1}: the last line has no end, so the file was cut short; {get}, "
+            "or end the line if it is whole"
+        )
+    series = pl.Series("line", lines, dtype=pl.String).str.strip_suffix("\r")
+    columns = series.str.count_matches(separator, literal=True) + 1
+    refuse(columns != len(names), file, lambda i: f"{columns[i]} columns separated by {separator!r} where "
+           f"{len(names)} are needed ({' '.join(names)}); {get}")  # fmt: skip
+    parts = series.str.split_exact(separator, len(names) - 1).struct.unnest()
+    return parts.rename(dict(zip(parts.columns, names, strict=True)))
+
+
+def refuse(bad: pl.Series, file: Location, what: Callable[[int], str], *, unit: str = "line") -> None:
+    """UserError for the first true row of `bad`: file, line (or row) from 1, and what(row index) is wrong."""
+    first = bad.fill_null(True).arg_max() if len(bad) else None
+    if first is not None and bad.fill_null(True)[first]:
+        raise UserError(f"{file}, {unit} {first + 1}: {what(first)}")
+
+
+def integers(table: pl.DataFrame, column: str, file: Location, low: int, high: int) -> pl.Series:
+    """A column of whole numbers within [low, high] as int64; UserError naming file and line otherwise."""
+    numbers = table[column].cast(pl.Int64, strict=False)
+    refuse(
+        numbers.is_null(),
+        file,
+        lambda i: f"{column} is {table[column][i]!r}, not a whole number; mend the line",
+    )
+    refuse(
+        ~numbers.is_between(low, high),
+        file,
+        lambda i: f"{column} is {numbers[i]}, outside {low} to {high}; mend or delete the line",
+    )
+    return numbers
+
+
+def once(table: pl.DataFrame, column: str, file: Location) -> None:
+    """UserError where an id stands on two lines."""
+    repeated = ~table[column].is_first_distinct()
+    refuse(repeated, file, lambda i: f"{column} {table[column][i]} is there twice; delete one of the lines")
+
+
+def known(ids: pl.Series, table: pl.Series, file: Location, of: Location, *, unit: str = "line") -> None:
+    """UserError naming the first of `ids` (rows of `file`) that is not in `table` (read from `of`)."""
+    refuse(
+        ~ids.is_in(table.implode()),
+        file,
+        lambda i: f"{ids.name} {ids[i]} is not in {of}; add it there or delete the {unit}",
+        unit=unit,
+    )
+
+
+def last_of_pairs(interactions: pl.DataFrame) -> tuple[pl.DataFrame, int]:
+    """Each (user, item)'s last row by time (of equal times the later row), in file order; how many went."""
+    numbered = interactions.with_row_index("_row")
+    kept = numbered.sort("time", "_row").unique(["user", "item"], keep="last").sort("_row").drop("_row")
+    return kept, interactions.height - kept.height

@@ -179,6 +179,10 @@ def _tasks(argv: Sequence[str]) -> int:
     made = tasktable.make(
         Location.of(data.data), data.protocol, data.split_seed, protocols.protocol_options(data)
     )
+    for why, n in made.dropped.items():
+        print(f"dropped  {n:,} {why.replace('_', ' ')}")
+    for split, counts in made.counts.items():
+        print(f"{split:<9}" + ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in counts.items()))
     print(f"split    {made.split_hash}")
     print(f"tasks    {made.location} ({time.perf_counter() - start:.1f} s)")
     return 0

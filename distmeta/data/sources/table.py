@@ -286,17 +286,13 @@ def _numbers(column: pl.Series, file: Location) -> pl.Series:
 
 def _seconds(column: pl.Series, file: Location) -> pl.Series:
     """int64 seconds since 1970 (UTC where no zone is given)."""
-    if column.dtype.is_temporal() and not isinstance(column.dtype, pl.Time | pl.Duration):
-        seconds = column.cast(pl.Datetime("us")).dt.epoch("s")
+    if isinstance(column.dtype, pl.Datetime | pl.Date):
+        seconds = column.dt.epoch("s")
     elif column.dtype == pl.String:
         seconds = column.cast(pl.Int64, strict=False)
-        dates = (
-            column.str.to_datetime(strict=False, time_unit="us", ambiguous="null")
-            if seconds.has_nulls()
-            else None
-        )
-        if dates is not None:
-            seconds = seconds.fill_null(dates.dt.epoch("s"))
+        dated = column.filter(seconds.is_null() & column.str.contains(r"^\d{4}-\d{2}-\d{2}"))
+        if len(dated):
+            seconds = seconds.fill_null(_parsed(column).dt.epoch("s"))
     elif column.dtype.is_integer():
         seconds = column.cast(pl.Int64)
     else:
@@ -307,3 +303,12 @@ def _seconds(column: pl.Series, file: Location) -> pl.Series:
            lambda i: f"{column.name} is {column[i]!r}; a time is whole seconds or like 2024-05-01 12:00:00",
            unit="row")  # fmt: skip
     return seconds
+
+
+def _parsed(column: pl.Series) -> pl.Series:
+    """Dates and times written as ISO 8601 does, null where they are not."""
+    iso = column.set(~column.str.contains(r"^\d{4}-\d{2}-\d{2}").fill_null(False), None)
+    try:
+        return iso.str.to_datetime(strict=False, time_unit="us", ambiguous="null")
+    except pl.exceptions.ComputeError:  # the first of them is in no format that it knows
+        return pl.Series(column.name, [None] * len(column), dtype=pl.Datetime("us"))

@@ -1,0 +1,53 @@
+"""What tests share: real raw files and prepared datasets, each made once a session."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from distmeta.data.sources import movielens, synthetic
+from distmeta.storage import Location
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Sums in one order: what tests compare bit for bit must not depend on the machine's cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the official layouts ml-1m, ml-100k and BX, written by DISTMETA_DATA/raw_layout.py."""
+    source = os.environ.get("DISTMETA_DATA")
+    if not source:
+        pytest.skip("DISTMETA_DATA is not set (the folder that holds raw_layout.py and its tables)")
+    out = tmp_path_factory.mktemp("raw")
+    subprocess.run([sys.executable, str(Path(source) / "raw_layout.py"), str(out)], check=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def ml1m(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Location:
+    """MovieLens 1M as a canonical dataset. Shared: add task tables to it, change nothing."""
+    where = Location.of(tmp_path_factory.mktemp("data") / "ml-1m")
+    movielens.movielens_1m(Location.of(raw / "ml-1m"), where)
+    return where
+
+
+@pytest.fixture(scope="session")
+def ml100k(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Location:
+    """MovieLens 100K as a canonical dataset. Shared: add task tables to it, change nothing."""
+    where = Location.of(tmp_path_factory.mktemp("data") / "ml-100k")
+    movielens.movielens_100k(Location.of(raw / "ml-100k"), where)
+    return where
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Location:
+    """A synthetic dataset of 200 users and 120 items. Shared: add task tables to it, change nothing."""
+    where = Location.of(tmp_path_factory.mktemp("data") / "small")
+    synthetic.generate(where, users=200, items=120, per_user=(15, 40))
+    return where

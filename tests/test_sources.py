@@ -254,6 +254,7 @@ def test_parts_are_bounded_and_never_cut_a_user(tmp_path: Path) -> None:
         for start, end in bounds:
             assert end - start <= limit or len(set(user[start:end])) == 1
             assert end == len(user) or user[end - 1] != user[end]
+            assert end == len(user) or np.sum(user == user[end]) > limit - (end - start)  # no room for more
     frame = pl.DataFrame(
         {"user": [3, 1, 2, 3, 1], "item": ["b", "a", "a", "a", "c"], "label": 1.0, "time": 0}
     )

@@ -120,7 +120,7 @@ BROKEN_TABLE: dict[str, tuple[str, Mend, str]] = {
     "name taken": ("shop.yaml", _swap("name: town", "name: age"), "field 2: the name age is taken"),
     "name's form": ("shop.yaml", _swap("name: town", "name: ../town"), "field '../town'"),
     "yaml": ("shop.yaml", _swap("label: {", "label: {{"), "shop.yaml, line 3: not readable as YAML"),
-    "code": ("shop.yaml", _swap("shop", "!!python/object/apply:os.abort []"), "line 1: not readable as YAML"),
+    "code": ("shop.yaml", _swap("shop", "!!python/object/apply:print [x]"), "line 1: not readable as YAML"),
     "list": ("shop.yaml", lambda t: "- a\n", "must hold name, label and interactions"),
     "separator": ("shop.yaml", _swap(', separator: "|"', ""), "goods.csv: tags is no list column"),
     "no file": ("shop.yaml", _swap("people.csv", "people.parquet"), "people.parquet does not exist"),

@@ -178,7 +178,9 @@ def test_caveat_2_a_map_used_in_several_places_has_one_list_of_pairs():
     theirs = torch.autograd.grad(torch.stack(expected).sum(), leaves)
     for form in ("dual", "private"):
         places = At(left, PerTask), At(right, Dense)
-        fast = adapt(partial(forward, places=places), rows, rates, steps=3, first_order=False, plan=Plan(3, 4, form))
+        fast = adapt(
+            partial(forward, places=places), rows, rates, steps=3, first_order=False, plan=Plan(3, 4, form)
+        )
         y = forward(Tape(fast), places).part.rows().squeeze(-1)
         ours = torch.autograd.grad((y.square() * rows.mask).sum(), leaves)
         for a, b in zip(ours, theirs, strict=True):
@@ -216,10 +218,9 @@ def test_caveat_5_what_breaks_the_low_rank_takes_the_private_form():
     layer = Linear(4, 5).double()
     from distmeta.adaptation.fast import Private
 
-    moved = Private.of(layer, 2).add(Features(Dense(x)), d)
-    assert isinstance(moved, Private)
-    torch.testing.assert_close(moved.weight, layer.weight - x.transpose(1, 2) @ d)
-    torch.testing.assert_close(moved.bias, layer.bias - d.sum(1, keepdim=True))
+    moved = Private.of(layer, 2).add(Features(Dense(x)), d, 0.5)
+    torch.testing.assert_close(moved.weight, layer.weight - 0.5 * x.transpose(1, 2) @ d)
+    torch.testing.assert_close(moved.bias, layer.bias - 0.5 * d.sum(1, keepdim=True))
 
 
 @pytest.mark.parametrize("name", ["melu", "metacs"])

@@ -1,8 +1,9 @@
 """Fast weights of a block of tasks: what the inner loop has added to each adapted map.
 
 A dense layer is kept in one of two forms that agree to rounding (cost.py chooses):
-dual, as pairs (x_s, d = α δ) with  x W' + b' = x W + b − Σ_pairs (x x_sᵀ + 1) d;
+dual, as pairs (x_s, δ) with  x W' + b' = x W + b − Σ_pairs α (x x_sᵀ + 1) δ;
 private, as a weight matrix a task. A table is always dual.
+The step size α multiplies the Gram matrix, which is smaller than δ, and is the same in every step.
 
 Shape letters: b tasks, R rows at hand, S support rows, d inputs, h outputs, e embedding width.
 """
@@ -17,22 +18,31 @@ from torch import Tensor
 from distmeta.adaptation.features import Features, PerTask
 from distmeta.adaptation.maps import Linear, Map, Table
 from distmeta.adaptation.overlap import overlap
+from distmeta.adaptation.products import inner, outer
 from distmeta.tasks import Bag
+
+
+Rate = Tensor | float
+"""Step size of a map: a number, or a tensor that broadcasts against [b, R, S]: scalar or [b, 1, 1]."""
 
 
 @dataclass
 class Pair:
-    """Support input x of a dense layer and d = α δ [b, S, h], and Gram matrices (plus one) with it."""
+    """Support input x of a dense layer and δ [b, S, h], and Gram matrices with it that are worth keeping."""
 
     x: Features
-    d: Tensor
+    delta: Tensor
+    rate: Rate
     grams: dict[tuple[int, bool], tuple[Features, Tensor]] = field(default_factory=dict)
 
     def gram(self, x: Features) -> Tensor:
-        """x x_sᵀ + 1 [b, R, S]; the +1 is the bias. Kept, because the first layer's inputs return at every step."""
+        """α (x x_sᵀ + 1) [b, R, S]; the +1 is the bias. Kept, because the first layer's inputs return at every step."""
         key = (id(x), torch.is_grad_enabled())
         if key not in self.grams:
-            self.grams[key] = (x, x.gram(self.x) + 1)  # x is held, so its id is not given to another
+            self.grams[key] = (
+                x,
+                (x.gram(self.x) + 1) * self.rate,
+            )  # x is held, so its id is not given to another
         return self.grams[key][1]
 
 
@@ -47,14 +57,14 @@ class FastLinear(Protocol):
         """δ W'ᵀ for one part of the input: [b, R, d_part], summed over the rows where the part is per task."""
         ...
 
-    def add(self, x: Features, d: Tensor) -> "FastLinear":
-        """The layer after W' ← W' − x_sᵀ d, b' ← b' − Σ d."""
+    def add(self, x: Features, delta: Tensor, rate: Rate) -> "FastLinear":
+        """The layer after W' ← W' − α x_sᵀ δ, b' ← b' − α Σ δ."""
         ...
 
 
 def base_input_delta(weight: Tensor, delta: Tensor, x: Features, part: int) -> Tensor:
-    """δ Wᵀ for one part of the input, W [d, h] shared or [b, d, h] private."""
-    return torch.matmul(delta, x.slices(weight)[part].transpose(-1, -2))
+    """δ Wᵀ for one part of the input, with the shared W [d, h]."""
+    return torch.matmul(delta, x.slices(weight)[part].t())
 
 
 class Dual:
@@ -65,16 +75,16 @@ class Dual:
         self.pairs = pairs
 
     def forward(self, x: Features) -> Tensor:
-        z = x.times(self.layer.weight) + self.layer.bias
+        z = x.times(self.layer.weight, self.layer.bias)
         for pair in self.pairs:
             gram = pair.gram(x)
-            z = torch.baddbmm(z.expand(-1, gram.shape[1], -1), gram, pair.d, alpha=-1)
+            z = torch.baddbmm(z.expand(-1, gram.shape[1], -1), gram, pair.delta, alpha=-1)
         return z
 
     def input_delta(self, delta: Tensor, x: Features, part: int) -> Tensor:
         out = base_input_delta(self.layer.weight, delta, x, part)
         for pair in self.pairs:
-            coefficient = torch.bmm(delta, pair.d.transpose(1, 2))
+            coefficient = inner(delta, pair.delta) * pair.rate
             p = pair.x.cut_like(x)[part]
             if isinstance(p, PerTask):
                 out = out - coefficient.sum(-1, keepdim=True) * p.x
@@ -82,12 +92,12 @@ class Dual:
                 out = torch.baddbmm(out, coefficient, p.rows(), alpha=-1)
         return out
 
-    def add(self, x: Features, d: Tensor) -> "Dual":
+    def add(self, x: Features, delta: Tensor, rate: Rate) -> "Dual":
         for i, pair in enumerate(self.pairs):
-            if pair.x is x:  # an input that does not move: its pairs share x_s and their d add up
-                merged = Pair(x, pair.d + d, pair.grams)
+            if pair.x is x:  # an input that does not move: its pairs share x_s and their δ add up
+                merged = Pair(x, pair.delta + delta, rate, pair.grams)
                 return Dual(self.layer, (*self.pairs[:i], merged, *self.pairs[i + 1 :]))
-        return Dual(self.layer, (*self.pairs, Pair(x, d)))
+        return Dual(self.layer, (*self.pairs, Pair(x, delta, rate)))
 
 
 class Private:
@@ -106,37 +116,44 @@ class Private:
         return torch.baddbmm(self.bias.expand(-1, rows.shape[1], -1), rows, self.weight)
 
     def input_delta(self, delta: Tensor, x: Features, part: int) -> Tensor:
-        return base_input_delta(self.weight, delta, x, part)
+        return inner(delta, x.slices(self.weight)[part])
 
-    def add(self, x: Features, d: Tensor) -> "Private":
-        weight = torch.baddbmm(self.weight, x.dense().transpose(1, 2), d, alpha=-1)
-        return Private(weight, self.bias - d.sum(1, keepdim=True))
+    def add(self, x: Features, delta: Tensor, rate: Rate) -> "Private":
+        d = rate * delta
+        return Private(self.weight - outer(x.dense(), d), self.bias - d.sum(1, keepdim=True))
 
 
 class FastTable:
-    """An adapted embedding table of b tasks: bags of support rows and their d [b, S, e], one entry a place of use."""
+    """An adapted embedding table of b tasks: bags of support rows and their δ [b, S, e], one entry a place of use."""
 
-    def __init__(self, table: Table, pairs: tuple[tuple[Bag, Tensor], ...] = ()) -> None:
+    def __init__(self, table: Table, rate: Rate, pairs: tuple[tuple[Bag, Tensor], ...] = ()) -> None:
         self.table = table
+        self.rate = rate
         self.pairs = pairs
 
     def correction(self, bag: Bag, overlaps: dict[tuple[int, int], tuple[Bag, Bag, Tensor]]) -> Tensor:
-        """What the steps have subtracted from the embeddings of `bag` [b, R, M]: Σ overlap · d, [b, R, e]."""
+        """What the steps have subtracted from the embeddings of `bag` [b, R, M]: Σ α overlap · δ, [b, R, e]."""
         size, total = self.table.weight.shape[0], None
-        for other, d in self.pairs:
+        for other, delta in self.pairs:
             key = (id(bag), id(other))
             if key not in overlaps:
-                overlaps[key] = (bag, other, overlap(bag, other, size, d.dtype))  # both held: ids stay theirs
-            term = torch.bmm(overlaps[key][2], d)
+                overlaps[key] = (
+                    bag,
+                    other,
+                    overlap(bag, other, size, delta.dtype),
+                )  # both held: ids stay theirs
+            term = torch.bmm(overlaps[key][2] * self.rate, delta)
             total = term if total is None else total + term
         assert total is not None
         return total
 
-    def add(self, bag: Bag, d: Tensor) -> "FastTable":
+    def add(self, bag: Bag, delta: Tensor) -> "FastTable":
         for i, (other, old) in enumerate(self.pairs):
             if other is bag:
-                return FastTable(self.table, (*self.pairs[:i], (bag, old + d), *self.pairs[i + 1 :]))
-        return FastTable(self.table, (*self.pairs, (bag, d)))
+                return FastTable(
+                    self.table, self.rate, (*self.pairs[:i], (bag, old + delta), *self.pairs[i + 1 :])
+                )
+        return FastTable(self.table, self.rate, (*self.pairs, (bag, delta)))
 
 
 Form = Callable[[Linear, Features, int], bool]
@@ -147,12 +164,12 @@ class FastWeights:
     """What a block's inner loop has changed so far; maps that are not in it are as they were.
 
     Args:
-        rates: step size of each adapted map: a number or a tensor that broadcasts against δ [b, S, h]
-            ([b, 1, 1] for personal rates, a scalar parameter for a learned one).
+        rates: step size of each adapted map, the same in every step: a number, a scalar parameter (learned) or
+            [b, 1, 1] (personal).
         private: chooses the form of a dense layer when it takes its first step.
     """
 
-    def __init__(self, rates: Mapping[Map, Tensor | float], private: Form) -> None:
+    def __init__(self, rates: Mapping[Map, Rate], private: Form) -> None:
         self.rates = rates
         self.private = private
         self.linear: dict[Linear, FastLinear] = {}
@@ -169,13 +186,12 @@ class FastWeights:
         for m, places in records.items():
             rate = self.rates[m]
             for x, delta in places:
-                d = rate * delta
                 if isinstance(m, Linear):
                     assert isinstance(x, Features)
                     if m not in self.linear:
                         chosen = self.private(m, x, delta.shape[1])
                         self.linear[m] = Private.of(m, len(delta)) if chosen else Dual(m)
-                    self.linear[m] = self.linear[m].add(x, d)
+                    self.linear[m] = self.linear[m].add(x, delta, rate)
                 else:
                     assert isinstance(x, Bag)
-                    self.tables[m] = self.tables.get(m, FastTable(m)).add(x, d)
+                    self.tables[m] = self.tables.get(m, FastTable(m, rate)).add(x, delta)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distmeta.adaptation import products
+
 
 class PerTask:
     """A part that is the same in every row of a task: x [b, 1, d]."""
@@ -99,13 +101,12 @@ class Features:
         """The rows of weight [..., d, h] that belong to each part."""
         return list(weight.split([p.width for p in self.parts], dim=-2))
 
-    def times(self, weight: Tensor) -> Tensor:
-        """x @ weight [b, R, h] for a shared weight [d, h]; [b, 1, h] where every part is per task."""
-        terms = [
-            p.product(w, weight, i)
-            for p, w, i in zip(self.parts, self.slices(weight), self.starts, strict=True)
-        ]
-        return _sum(terms)
+    def times(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """x @ weight + bias [b, R, h] for a shared weight [d, h]; [b, 1, h] where every part is per task."""
+        if len(self.parts) == 1 and isinstance(self.parts[0], Dense):
+            return F.linear(self.parts[0].x, weight.t(), bias)  # one pass over z instead of two
+        slices = zip(self.parts, self.slices(weight), self.starts, strict=True)
+        return _sum([bias, *(p.product(w, weight, first) for p, w, first in slices)])
 
     def gram(self, other: "Features") -> Tensor:
         """x x'ᵀ [b, R, S] with the rows of `other`, part by part; a per-task part adds one number a task."""
@@ -129,7 +130,7 @@ def inner(p: Part, q: Part) -> Tensor:
     """Inner products of the rows of two parts: [b, R, S], or [b, 1, 1] where both are per task."""
     if isinstance(p, PerTask) and isinstance(q, PerTask):
         return (p.x * q.x).sum(-1, keepdim=True)
-    return torch.matmul(p.rows(), q.rows().transpose(1, 2))
+    return products.inner(p.rows(), q.rows())
 
 
 def _sum(terms: list[Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from distmeta.adaptation.fast import FastWeights, base_input_delta
 from distmeta.adaptation.features import Dense, Features, Part, PerTask
 from distmeta.adaptation.maps import Linear, Map, Table
+from distmeta.adaptation.products import relu_delta
 from distmeta.tasks import Bag
 
 
@@ -52,11 +53,13 @@ class Tape:
 
     def __init__(self, fast: FastWeights) -> None:
         self.fast = fast
+        # closures that refer to nodes but never to the tape: a cycle would keep the graph alive until the
+        # garbage collector runs, and the allocator would fetch new pages for every batch
         self._reverse: list[Callable[[Records], None]] = []
 
     def lookup(self, tables: Mapping[str, Table], place: Place) -> Node:
         """Embeddings of all fields of `place` side by side, as adapted so far."""
-        part = place.base()
+        fast, part = self.fast, place.base()
         corrections = [
             self.fast.tables[t].correction(place.bag(name), self.fast.overlaps)
             if t in self.fast.tables
@@ -72,13 +75,13 @@ class Tape:
                 for c, w in zip(corrections, widths, strict=True)
             ]
             part = kind(rows - torch.cat(whole, dim=-1))
-        node = Node(part, any(t in self.fast.rates for t in tables.values()))
+        node = Node(part, any(t in fast.rates for t in tables.values()))
 
         def reverse(records: Records) -> None:
             if node.needs and node.delta is not None:
                 deltas = node.delta.split([t.weight.shape[1] for t in tables.values()], dim=-1)
                 for (name, table), delta in zip(tables.items(), deltas, strict=True):
-                    if table in self.fast.rates:
+                    if table in fast.rates:
                         records.setdefault(table, []).append((place.bag(name), delta))
 
         self._reverse.append(reverse)
@@ -89,7 +92,7 @@ class Tape:
         x = self._features(inputs)
         per_task = all(isinstance(p, PerTask) for p in x.parts)
         fast = self.fast.linear.get(layer)
-        z = x.times(layer.weight) + layer.bias if fast is None else fast.forward(x)
+        z = x.times(layer.weight, layer.bias) if fast is None else fast.forward(x)
         adapted = layer in self.fast.rates
         node = Node(PerTask(z) if per_task else Dense(z), adapted or any(n.needs for n in inputs))
 
@@ -120,10 +123,7 @@ class Tape:
 
         def reverse(records: Records) -> None:
             if x.needs and node.delta is not None:
-                if slope:
-                    x.receive(torch.ops.aten.leaky_relu_backward(node.delta, z, slope, False))
-                else:
-                    x.receive(torch.ops.aten.threshold_backward(node.delta, z, 0))
+                x.receive(relu_delta(node.delta, y, slope))
 
         self._reverse.append(reverse)
         return node

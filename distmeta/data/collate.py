@@ -1,0 +1,193 @@
+"""Tasks as flat arrays -> TaskBatch: ragged rows, the query draw, blocks of similar length, unique items.
+
+No Python loop over rows or tasks: a batch is a few dozen numpy calls whatever its size, so that input never
+bounds training. Rows live in a flat domain (one position a row) until they are scattered into padded blocks.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from distmeta import draws
+from distmeta.data.encode import Encoded, encode_all, ragged
+from distmeta.data.protocols import DRAWN, QUERY
+from distmeta.data.schema import Dataset
+from distmeta.errors import UserError
+from distmeta.tasks import Bag, Rows, TaskBatch, TaskBlock
+
+Ints = NDArray[np.int64]
+
+BLOCK_LEAST = 32
+"""Tasks that a block holds at least, where the batch has them: fewer do not pay for a block's own calls."""
+BLOCK_MOST = 128
+"""Tasks that a block holds at most: 128 tasks of 100 rows of 64 floats are 3 MB, a core's share of cache."""
+BLOCK_STRETCH, BLOCK_SLACK = 1.25, 4
+"""A block's longest task may have 1.25 times its shortest's rows plus 4; beyond that, padding costs more."""
+
+
+def block_bounds(length: Ints) -> list[tuple[int, int]]:
+    """[start, end) of the blocks of tasks whose lengths are sorted ascending.
+
+    A block ends before a task longer than its shortest allows, within BLOCK_LEAST and BLOCK_MOST tasks. A
+    rest smaller than BLOCK_LEAST joins the block before it where BLOCK_MOST allows, else the two share evenly.
+    """
+    bounds, start, n = [], 0, len(length)
+    while start < n:
+        limit = BLOCK_STRETCH * length[start] + BLOCK_SLACK
+        end = int(np.searchsorted(length, limit, side="right"))
+        end = min(max(end, start + BLOCK_LEAST), start + BLOCK_MOST, n)
+        if 0 < n - end < BLOCK_LEAST:
+            end = n if n - start <= BLOCK_MOST else start + (n - start + 1) // 2
+        bounds.append((start, end))
+        start = end
+    return bounds
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks of some shards, flat: task i has the rows offsets[i] to offsets[i + 1], in time order."""
+
+    task: Ints
+    """[T] task ids."""
+    offsets: Ints
+    """[T + 1]."""
+    item: NDArray[np.int32]
+    label: NDArray[np.float32]
+    role: NDArray[np.int8]
+    """[rows] each."""
+    query_rows: Ints
+    """[T]: query rows of each task, drawn or stored."""
+    drawn: NDArray[np.bool_]
+    """[T]: the query is drawn by the loader."""
+    user: dict[str, Encoded]
+    """The users' fields, [T, M] each."""
+
+    def __len__(self) -> int:
+        return len(self.task)
+
+    @classmethod
+    def of(cls, table: pa.Table, dataset: Dataset, query_rows: int, where: object) -> "Tasks":
+        """From rows of a task table.
+
+        Raises:
+            UserError: an item is not in the dataset, lists differ in length, or a role is wrong.
+        """
+        item, count = ragged(table["item"], pa.int32())
+        label, labels = ragged(table["label"], pa.float32())
+        role, roles = ragged(table["role"], pa.int8())
+        again = f"delete {where} to have it made again"
+        if not (np.array_equal(count, labels) and np.array_equal(count, roles)):
+            raise UserError(f"{where}: the lists item, label and role of a task differ in length; {again}")
+        if len(item) and not 0 <= int(item.min()) <= int(item.max()) < dataset.items:
+            raise UserError(f"{where}: an item is not among the dataset's {dataset.items:,}; {again}")
+        offsets = np.r_[0, np.cumsum(count)].astype(np.int64)
+        many = [np.r_[0, np.cumsum(role == code)][offsets] for code in (QUERY, DRAWN)]
+        stored, open_rows = np.diff(many[0]), np.diff(many[1])
+        drawn = open_rows > 0
+        mixed = (open_rows != 0) & (open_rows != count)
+        if mixed.any() or (len(role) and not 0 <= role.min() <= role.max() <= DRAWN):
+            raise UserError(f"{where}: a task's roles are neither 0 and 1 nor 2 throughout; {again}")
+        query = np.where(drawn, np.minimum(query_rows, count // 2), stored)
+        fields = encode_all(dataset.user_fields, table, where)
+        return cls(table["task"].to_numpy(), offsets, item, label, role, query, drawn, fields)
+
+
+class Collator:
+    """Makes TaskBatches of `tasks`. Holds scratch memory: one thread at a time."""
+
+    def __init__(self, tasks: Tasks, items: int, query_rows: int, seed: int, redraw: bool) -> None:
+        self.tasks, self.seed, self.redraw = tasks, seed, redraw
+        self.query_rows = query_rows
+        self._last = np.empty(items, np.int32)
+
+    def batch(self, chosen: Ints, epoch: int) -> TaskBatch:
+        """The tasks at positions `chosen`, in blocks; `epoch` decides a drawn query unless redraw is off."""
+        t = self.tasks
+        count = t.offsets[chosen + 1] - t.offsets[chosen]
+        order = np.lexsort((t.query_rows[chosen], count - t.query_rows[chosen]))
+        chosen, count = chosen[order], count[order]
+        query_count = t.query_rows[chosen]
+        support_count = count - query_count
+
+        start = t.offsets[chosen]
+        before = np.cumsum(count) - count
+        source = np.arange(int(count.sum())) + np.repeat(start - before, count)
+        query = self._query(chosen, count, before, source, epoch)
+        unique, inverse = self._unique(t.item[source])
+        label = t.label[source]
+
+        bounds = block_bounds(support_count)
+        sides = []
+        for mask, n in ((~query, support_count), (query, query_count)):
+            rows = np.flatnonzero(mask)
+            sides.append(_padded(inverse[rows], label[rows], n, bounds))
+        blocks = tuple(
+            TaskBlock(torch.from_numpy(t.task[chosen[a:b]]), self._users(chosen[a:b]), support, query_side)
+            for (a, b), support, query_side in zip(bounds, *sides, strict=True)
+        )
+        return TaskBatch(torch.from_numpy(unique), blocks, self.seed, epoch)
+
+    def _query(self, chosen: Ints, count: Ints, before: Ints, source: Ints, epoch: int) -> NDArray[np.bool_]:
+        """Which rows (flat) are query rows: as stored, or where drawn those with the task's lowest keys."""
+        drawn = self.tasks.drawn[chosen]
+        query = self.tasks.role[source] == QUERY
+        if not drawn.any():
+            return query
+        which = np.flatnonzero(drawn)
+        n, width = count[which], int(count[which].max())
+        row = np.arange(width)
+        keys = draws.hashed(
+            self.seed, epoch if self.redraw else 0, self.tasks.task[chosen[which], None], row, purpose="query"
+        )
+        keys[row >= n[:, None]] = np.iinfo(np.uint64).max
+        # The hash is a bijection of the row, so a task's keys are distinct and the threshold takes exactly k.
+        few = min(self.query_rows, width)
+        lowest = np.sort(np.partition(keys, few - 1, axis=1)[:, :few], axis=1)
+        k = self.tasks.query_rows[chosen[which]]
+        threshold = lowest[np.arange(len(which)), np.maximum(k, 1) - 1]
+        taken = (keys <= threshold[:, None]) & (k > 0)[:, None]
+        real = row < n[:, None]
+        if len(which) == len(chosen):
+            return taken[real]
+        query[(before[which, None] + row)[real]] = taken[real]
+        return query
+
+    def _unique(self, item: NDArray[np.int32]) -> tuple[Ints, Ints]:
+        """The distinct items, and each row's position in them; no sort, and no cost in the number of items.
+
+        The last row to write an item's cell of the scratch array owns the item.
+        """
+        last, rows = self._last, np.arange(len(item), dtype=np.int32)
+        last[item] = rows
+        unique = item[last[item] == rows]
+        last[unique] = np.arange(len(unique), dtype=np.int32)
+        return unique.astype(np.int64), last[item].astype(np.int64)
+
+    def _users(self, chosen: Ints) -> dict[str, Bag]:
+        return {
+            name: Bag(
+                torch.from_numpy(index[chosen].astype(np.int64)),
+                None if weight is None else torch.from_numpy(weight[chosen]),
+            )
+            for name, (index, weight) in self.tasks.user.items()
+        }
+
+
+def _padded(item: Ints, label: NDArray[np.float32], count: Ints, bounds: list[tuple[int, int]]) -> list[Rows]:
+    """Flat rows of one side (`count` of each task) as one padded Rows a block."""
+    widths = np.array([count[a:b].max() for a, b in bounds], np.int64)
+    sizes = np.array([b - a for a, b in bounds], np.int64)
+    width = np.repeat(widths, sizes)
+    start = np.cumsum(width) - width  # where each task's row of the padded matrices begins
+    target = np.arange(len(item)) + np.repeat(start - (np.cumsum(count) - count), count)
+    total = int(width.sum())
+    items, labels, masks = np.zeros(total, np.int64), np.zeros(total, np.float32), np.zeros(total, bool)
+    items[target], labels[target], masks[target] = item, label, True
+    ends = np.cumsum(widths * sizes)
+    return [
+        Rows(*(torch.from_numpy(flat[e - w * s : e].reshape(s, w)) for flat in (items, labels, masks)))
+        for e, w, s in zip(ends.tolist(), widths.tolist(), sizes.tolist(), strict=True)
+    ]

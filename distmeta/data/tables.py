@@ -1,0 +1,60 @@
+"""Reading Parquet tables of datasets and task tables, with a sentence for whatever is wrong with them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distmeta.data.schema import Dataset
+from distmeta.errors import UserError
+from distmeta.storage import Location
+
+AGAIN = "the dataset is damaged, prepare it again"
+
+
+def read_part(file: Location, columns: Sequence[str], rows: int, mend: str) -> pa.Table:
+    """`columns` of a Parquet part that has `rows` rows by its manifest.
+
+    Raises:
+        UserError: the part is missing, not Parquet, lacks a column or has other rows; `mend` ends it.
+    """
+    try:
+        with pq.ParquetFile(file.path, filesystem=file.fs) as part:
+            table = part.read(columns=list(columns))
+    except FileNotFoundError:
+        raise UserError(f"{file}: this part is missing; {mend}") from None
+    except (pa.ArrowException, OSError) as e:
+        raise UserError(f"{file}: not readable as Parquet ({str(e).splitlines()[0]}); {mend}") from None
+    missing = [c for c in columns if c not in table.column_names]
+    if missing:
+        raise UserError(f"{file}: column {missing[0]} is missing; {mend}")
+    if table.num_rows != rows:
+        raise UserError(f"{file}: {table.num_rows:,} rows where its manifest counts {rows:,}; {mend}")
+    return table
+
+
+def read_side(dataset: Location, manifest: Dataset, side: str, columns: Sequence[str]) -> pa.Table:
+    """`columns` of users/ or items/ (`side`), row i being user or item i.
+
+    Raises:
+        UserError: a part is missing, damaged, or not as the manifest says.
+    """
+    key = side[:-1]
+    wanted = list(dict.fromkeys([key, *columns]))
+    parts = manifest.files.get(side, [])
+    tables = [read_part(dataset / f["path"], wanted, f["rows"], AGAIN) for f in parts]
+    expected = manifest.users if side == "users" else manifest.items
+    if not tables or not np.array_equal(
+        np.concatenate([t[key].to_numpy() for t in tables]), np.arange(expected)
+    ):
+        raise UserError(f"{dataset / side}: the column {key} is not 0 to {expected - 1:,} in order; {AGAIN}")
+    return pa.concat_tables(tables).select(list(columns))
+
+
+def to_polars(table: pa.Table) -> pl.DataFrame:
+    """The same table as polars sees it."""
+    frame = pl.from_arrow(table)
+    assert isinstance(frame, pl.DataFrame)
+    return frame

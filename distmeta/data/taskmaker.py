@@ -1,0 +1,259 @@
+"""Making a task table: a dataset's parts -> a protocol's tasks -> Parquet parts, manifest last."""
+
+import contextlib
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from distmeta import draws
+from distmeta.data.protocols import SPLITS, Protocol
+from distmeta.data.schema import Dataset
+from distmeta.data.tables import AGAIN, read_part, read_side, to_polars
+from distmeta.errors import UserError
+from distmeta.storage import Location, writing
+
+FORMAT = 1
+LISTS = {"item": pa.int32(), "label": pa.float32(), "time": pa.int64(), "role": pa.int8()}
+"""List columns of a task table and their element types."""
+FIXED = ("task", "user", "split", "cohort", *LISTS)
+"""Its columns besides the user's fields."""
+
+_ARROW = {"categorical": pa.int32(), "multi_categorical": pa.list_(pa.int32()), "numeric": pa.float32()}
+
+
+def task_schema(dataset: Dataset) -> pa.Schema:
+    """The columns of a task table of this dataset."""
+    fields = [("task", pa.int64()), ("user", pa.int32()), ("split", pa.string()), ("cohort", pa.string())]
+    fields += [(f.name, _ARROW[f.type]) for f in dataset.user_fields]
+    return pa.schema(fields + [(name, pa.list_(kind)) for name, kind in LISTS.items()])
+
+
+Cohorts = dict[str, dict[str, dict[str, int]]]
+"""Split -> cohort -> {"tasks", "rows"}."""
+
+
+class Maker:
+    """One making of a task table. Streams over the parts of interactions/: a part bounds the memory."""
+
+    def __init__(
+        self,
+        dataset: Location,
+        manifest: Dataset,
+        protocol: Protocol,
+        split_seed: int,
+        options: Mapping[str, Any],
+        shards: int,
+        where: Location,
+    ) -> None:
+        self.dataset, self.manifest, self.protocol = dataset, manifest, protocol
+        self.split_seed, self.options, self.shards, self.where = split_seed, options, shards, where
+        self.user_fields = [f.name for f in manifest.user_fields]
+        clash = sorted(set(self.user_fields) & set(FIXED))
+        if clash:
+            raise UserError(
+                f"{dataset}: a user field cannot be called {clash[0]}; rename it and prepare again"
+            )
+
+    def make(self, options: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
+        """Write the table; `options` and `origin` go into the manifest.
+
+        Raises:
+            UserError: the dataset is damaged, the protocol leaves no training task, or the place is read-only.
+        """
+        users = read_side(self.dataset, self.manifest, "users", ["user", "raw_id", *self.user_fields])
+        ids = to_polars(users.select(["user", "raw_id"]))
+        plan = self.protocol.plan(ids, self._items(), self.split_seed, self.options)
+        users = users.select(self.user_fields)
+        dropped, digest, cohorts = Counter[str](), hashlib.sha256(), Cohorts()
+        with _Parts(self.where, task_schema(self.manifest)) as parts:
+            for chunk in self._interactions():
+                rows, left_out = self.protocol.tasks(chunk, plan)
+                dropped.update(left_out)
+                self._store(rows.sort("task", maintain_order=True), users, parts, digest, cohorts)
+            if "train" not in cohorts:
+                why = "; ".join(f"{n:,} {reason}" for reason, n in dropped.items() if n) or "too few users"
+                raise UserError(
+                    f"{self.dataset}: protocol {self.protocol.name} leaves no training tasks ({why}); "
+                    "give a larger dataset or another protocol"
+                )
+        manifest = {
+            "format": FORMAT,
+            "protocol": self.protocol.name,
+            "version": self.protocol.version,
+            "options": dict(options),
+            "split_seed": self.split_seed,
+            "shards": self.shards,
+            "query_rows": self.protocol.query_rows,
+            "counts": {s: _total(cohorts.get(s, {})) for s in SPLITS},
+            "cohorts": cohorts,
+            "dropped": dict(dropped),
+            "split_hash": digest.hexdigest(),
+            "dataset": dict(origin),
+            "files": parts.files,
+        }
+        (self.where / "tasks.json").write_json(manifest)
+
+    def _items(self) -> pl.DataFrame:
+        """Items with their year as a number, where the dataset has one."""
+        field = next((f for f in self.manifest.item_fields if f.name == "year"), None)
+        if field is None or field.type == "multi_categorical":
+            return to_polars(read_side(self.dataset, self.manifest, "items", ["item"]))
+        items = to_polars(read_side(self.dataset, self.manifest, "items", ["item", "year"]))
+        if field.type == "categorical":
+            file = self.dataset / "vocabularies/item-year.parquet"
+            values = to_polars(read_part(file, ["value"], field.size, AGAIN))["value"]
+            if not items["year"].is_between(0, field.size - 1).all():
+                raise UserError(f"{self.dataset / 'items'}: a year is not in {file}; {AGAIN}")
+            items = items.with_columns(year=values.cast(pl.Float64, strict=False)[items["year"]])
+        return items
+
+    def _interactions(self) -> Iterator[pl.DataFrame]:
+        """The parts of interactions/, checked: known users and items, sorted by user, no user cut in two."""
+        last = -1
+        for file in self.manifest.files.get("interactions", []):
+            where = self.dataset / file["path"]
+            chunk = to_polars(read_part(where, ["user", "item", "label", "time"], file["rows"], AGAIN))
+            if not len(chunk):
+                continue
+            user, item = chunk["user"].to_numpy(), chunk["item"].to_numpy()
+            checks = {
+                "unknown user": (user < 0) | (user >= self.manifest.users),
+                "unknown item": (item < 0) | (item >= self.manifest.items),
+                "user out of order": np.r_[user[0] <= last, user[1:] < user[:-1]],
+            }
+            for what, bad in checks.items():
+                if bad.any():
+                    raise UserError(f"{where}, row {int(bad.argmax()) + 1}: {what}; {AGAIN}")
+            last = int(user[-1])
+            yield chunk
+
+    def _store(
+        self, rows: pl.DataFrame, users: pa.Table, parts: "_Parts", digest: Any, cohorts: Cohorts
+    ) -> None:
+        """Write a chunk's tasks to their parts, count them and hash them. `rows` is sorted by task."""
+        if not len(rows):
+            return
+        task = rows["task"].to_numpy()
+        first = np.flatnonzero(np.r_[True, task[1:] != task[:-1]])
+        length = np.diff(np.r_[first, len(task)])
+        digest.update(_hashable(rows, np.arange(len(task)) - np.repeat(first, length)))
+        heads = rows[first].with_columns(rows=pl.Series(length))
+        sums = heads.group_by("split", "cohort").agg(pl.len(), pl.sum("rows")).sort("split", "cohort")
+        for split, cohort, tasks, n in sums.iter_rows():
+            count = cohorts.setdefault(split, {}).setdefault(cohort, {"tasks": 0, "rows": 0})
+            count["tasks"] += tasks
+            count["rows"] += n
+        table = self._table(rows, heads, users, np.r_[first, len(task)])
+        shard = draws.hashed(task[first], purpose="shard") % np.uint64(self.shards)
+        for split in heads["split"].unique():
+            mine = (heads["split"] == split).to_numpy()
+            for s in np.unique(shard[mine]):
+                parts.write(split, int(s), table.take(pa.array(np.flatnonzero(mine & (shard == s)))))
+
+    def _table(
+        self, rows: pl.DataFrame, heads: pl.DataFrame, users: pa.Table, offsets: NDArray[np.int64]
+    ) -> pa.Table:
+        """One row a task: `heads` with the user's fields, and the lists cut from `rows` at `offsets`."""
+        columns: dict[str, Any] = {
+            name: heads[name].cast(pl.String).to_arrow() for name in ("split", "cohort")
+        }
+        columns |= {name: heads[name].to_arrow() for name in ("task", "user")}
+        columns |= {name: users[name].take(columns["user"]) for name in users.column_names}
+        cuts = pa.array(offsets.astype(np.int32))
+        columns |= {name: pa.ListArray.from_arrays(cuts, rows[name].to_arrow()) for name in LISTS}
+        schema = task_schema(self.manifest)
+        return pa.table([columns[name] for name in schema.names], names=schema.names).cast(schema)
+
+
+def _total(cohorts: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    return {k: sum(c[k] for c in cohorts.values()) for k in ("tasks", "rows")}
+
+
+def _hashable(rows: pl.DataFrame, position: NDArray[np.int64]) -> bytes:
+    """What split_hash covers, as little-endian int64 [rows, 5]: task, row, item, split, role."""
+    split = rows["split"].to_physical().to_numpy()
+    columns = (rows["task"].to_numpy(), position, rows["item"].to_numpy(), split, rows["role"].to_numpy())
+    return np.stack([c.astype("<i8") for c in columns], axis=1).tobytes()
+
+
+class _Parts:
+    """The open part files of a table under way, one a split and shard.
+
+    Their content depends on the dataset and the protocol alone, so two processes that make one table at the
+    same time only overwrite each other's parts with equal ones, as a new making does an interrupted one's.
+    """
+
+    def __init__(self, where: Location, schema: pa.Schema) -> None:
+        self.where, self.schema = where, schema
+        self.files: list[dict[str, Any]] = []
+        self._open: dict[tuple[str, int], tuple[pa.NativeFile, pq.ParquetWriter, str]] = {}
+        self._rows = Counter[tuple[str, int]]()
+
+    def __enter__(self) -> "_Parts":
+        return self
+
+    def write(self, split: str, shard: int, tasks: pa.Table) -> None:
+        """Append tasks to a part."""
+        if (split, shard) not in self._open:
+            self._start(split, shard)
+        with writing(self.where):
+            self._open[split, shard][1].write_table(tasks)
+        self._rows[split, shard] += tasks.num_rows
+
+    def _start(self, split: str, shard: int) -> None:
+        part = self.where / _path(split, shard)
+        (self.where / split).make_dir()
+        target = f"{part.path}.tmp-{os.getpid()}" if part.is_local else part.path
+        with writing(part):
+            stream = part.fs.open_output_stream(target)
+            self._open[split, shard] = (
+                stream,
+                pq.ParquetWriter(stream, self.schema, compression="zstd"),
+                target,
+            )
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._abandon()
+            return
+        try:
+            self._finish()
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _finish(self) -> None:
+        for (split, shard), (stream, writer, target) in sorted(self._open.items()):
+            part = self.where / _path(split, shard)
+            with writing(part):
+                writer.close()
+                size = stream.tell()
+                stream.close()
+                if part.is_local:
+                    os.replace(target, part.path)
+            rows = self._rows[split, shard]
+            self.files.append(
+                {"split": split, "shard": shard, "path": _path(split, shard), "rows": rows, "bytes": size}
+            )
+
+    def _abandon(self) -> None:
+        """Close everything and delete what has no final name yet; without a manifest there is no table."""
+        for stream, writer, target in self._open.values():
+            with contextlib.suppress(OSError, pa.ArrowException, ValueError):
+                writer.close()
+                stream.close()
+            if self.where.is_local:
+                with contextlib.suppress(OSError):
+                    os.remove(target)
+
+
+def _path(split: str, shard: int) -> str:
+    return f"{split}/part-{shard:05d}.parquet"

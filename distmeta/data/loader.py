@@ -14,6 +14,7 @@ from distmeta import draws
 from distmeta.data.collate import Collator, Ints, Tasks
 from distmeta.data.encode import read_items
 from distmeta.data.schema import Dataset
+from distmeta.data.taskmaker import task_schema
 from distmeta.errors import UserError
 from distmeta.tasks import TaskBatch
 

@@ -73,9 +73,7 @@ class Protocol:
 def protocol(name: str) -> Protocol:
     """The protocol `name`; UserError naming the nearest one where there is none."""
     if name not in PROTOCOLS:
-        raise UserError(
-            f"unknown protocol {name!r}{nearest(name, PROTOCOLS)}; protocols: {' '.join(PROTOCOLS)}"
-        )
+        raise UserError(f"unknown protocol {name!r}{nearest(name, PROTOCOLS)}; protocols: {' '.join(PROTOCOLS)}")
     return PROTOCOLS[name]
 
 
@@ -84,9 +82,7 @@ def protocol_options(data: DataOptions) -> dict[str, Any]:
     return {name: getattr(data, name) for name in protocol(data.protocol).options}
 
 
-def _lowest(
-    keys: NDArray[np.uint64], count: int, among: NDArray[np.bool_] | None = None
-) -> NDArray[np.bool_]:
+def _lowest(keys: NDArray[np.uint64], count: int, among: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
     """Mask of the `count` lowest keys (ties by position) among the positions where `among` is true."""
     positions = np.arange(len(keys)) if among is None else np.flatnonzero(among)
     chosen = np.zeros(len(keys), bool)
@@ -201,19 +197,13 @@ def _plan_melu(users: pl.DataFrame, items: pl.DataFrame, split_seed: int, option
 def _listed(users: pl.DataFrame, file: Location) -> NDArray[np.bool_]:
     """Mask [users] of the raw ids listed in `file`; UserError naming the file and line of an unknown one."""
     lines = pl.Series("raw_id", [line.strip() for line in read_text(file).splitlines()], pl.String)
-    wanted = pl.DataFrame({"raw_id": lines, "line": np.arange(1, len(lines) + 1)}).filter(
-        pl.col("raw_id") != ""
-    )
+    wanted = pl.DataFrame({"raw_id": lines, "line": np.arange(1, len(lines) + 1)}).filter(pl.col("raw_id") != "")
     unknown = wanted.join(users, on="raw_id", how="anti", maintain_order="left")
     if len(unknown):
         raw_id, line = unknown.row(0)
-        raise UserError(
-            f"{file}, line {line}: no user {raw_id!r} in this dataset; list raw user ids, one a line"
-        )
+        raise UserError(f"{file}, line {line}: no user {raw_id!r} in this dataset; list raw user ids, one a line")
     if not len(wanted):
-        raise UserError(
-            f"{file}: lists no user; give the cold users' raw ids, one a line, or leave cold_users empty"
-        )
+        raise UserError(f"{file}: lists no user; give the cold users' raw ids, one a line, or leave cold_users empty")
     return users["raw_id"].is_in(wanted["raw_id"].implode()).to_numpy()
 
 
@@ -222,9 +212,7 @@ def read_text(file: Location) -> str:
     try:
         return file.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(
-            f"{file}: not readable as a text file ({e}); give a file with one raw user id a line"
-        ) from None
+        raise UserError(f"{file}: not readable as a text file ({e}); give a file with one raw user id a line") from None
 
 
 def _tasks_melu(interactions: pl.DataFrame, plan: Plan) -> tuple[pl.DataFrame, dict[str, int]]:
@@ -237,9 +225,7 @@ def _tasks_melu(interactions: pl.DataFrame, plan: Plan) -> tuple[pl.DataFrame, d
     # MeLU shuffles a state's ratings and takes the last 10 as query; the hash is the shuffle.
     keys = draws.hashed(plan.split_seed, task, position, purpose="melu/query")
     query = _rank(task, keys) >= count - MELU_QUERY
-    rows = rows.with_columns(
-        group=plan.group[rows["user"].to_numpy()], state=state[order], role=query.astype(np.int8)
-    )
+    rows = rows.with_columns(group=plan.group[rows["user"].to_numpy()], state=state[order], role=query.astype(np.int8))
     kept = (count >= MELU_RATINGS[0]) & (count <= MELU_RATINGS[1])
     left_out = state[order][~kept & (position == 0)]
     dropped = {

@@ -46,9 +46,7 @@ def read_side(dataset: Location, manifest: Dataset, side: str, columns: Sequence
     parts = manifest.files.get(side, [])
     tables = [read_part(dataset / f["path"], wanted, f["rows"], AGAIN) for f in parts]
     expected = manifest.users if side == "users" else manifest.items
-    if not tables or not np.array_equal(
-        np.concatenate([t[key].to_numpy() for t in tables]), np.arange(expected)
-    ):
+    if not tables or not np.array_equal(np.concatenate([t[key].to_numpy() for t in tables]), np.arange(expected)):
         raise UserError(f"{dataset / side}: the column {key} is not 0 to {expected - 1:,} in order; {AGAIN}")
     return pa.concat_tables(tables).select(list(columns))
 

@@ -58,9 +58,7 @@ class Maker:
         self.user_fields = [f.name for f in manifest.user_fields]
         clash = sorted(set(self.user_fields) & set(FIXED))
         if clash:
-            raise UserError(
-                f"{dataset}: a user field cannot be called {clash[0]}; rename it and prepare again"
-            )
+            raise UserError(f"{dataset}: a user field cannot be called {clash[0]}; rename it and prepare again")
 
     def make(self, options: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
         """Write the table; `options` and `origin` go into the manifest.
@@ -135,9 +133,7 @@ class Maker:
             last = int(user[-1])
             yield chunk
 
-    def _store(
-        self, rows: pl.DataFrame, users: pa.Table, parts: "_Parts", digest: Any, cohorts: Cohorts
-    ) -> None:
+    def _store(self, rows: pl.DataFrame, users: pa.Table, parts: "_Parts", digest: Any, cohorts: Cohorts) -> None:
         """Write a chunk's tasks to their parts, count them and hash them. `rows` is sorted by task."""
         if not len(rows):
             return
@@ -158,13 +154,9 @@ class Maker:
             for s in np.unique(shard[mine]):
                 parts.write(split, int(s), table.take(pa.array(np.flatnonzero(mine & (shard == s)))))
 
-    def _table(
-        self, rows: pl.DataFrame, heads: pl.DataFrame, users: pa.Table, offsets: NDArray[np.int64]
-    ) -> pa.Table:
+    def _table(self, rows: pl.DataFrame, heads: pl.DataFrame, users: pa.Table, offsets: NDArray[np.int64]) -> pa.Table:
         """One row a task: `heads` with the user's fields, and the lists cut from `rows` at `offsets`."""
-        columns: dict[str, Any] = {
-            name: heads[name].cast(pl.String).to_arrow() for name in ("split", "cohort")
-        }
+        columns: dict[str, Any] = {name: heads[name].cast(pl.String).to_arrow() for name in ("split", "cohort")}
         columns |= {name: heads[name].to_arrow() for name in ("task", "user")}
         columns |= {name: users[name].take(columns["user"]) for name in users.column_names}
         cuts = pa.array(offsets.astype(np.int32))

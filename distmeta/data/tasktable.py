@@ -62,8 +62,12 @@ class TaskTable:
         if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
             raise UserError(f"{manifest}: not a task table of format {FORMAT}; {_again(where)}")
         try:
-            return cls(location=where, **raw)
-        except TypeError as e:
+            table = cls(location=where, **raw)
+            for split in SPLITS:
+                if sum(table.sizes(split)) != table.counts[split]["tasks"]:
+                    raise ValueError(f"its parts do not add up to its {split} tasks")
+            return table
+        except (TypeError, KeyError, ValueError, IndexError) as e:
             raise UserError(f"{manifest}: damaged ({e}); {_again(where)}") from None
 
     def sizes(self, split: str) -> list[int]:

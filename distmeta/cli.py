@@ -1,10 +1,11 @@
-"""The only parser: `python -m jobs.X …` and `distmeta X …` both come here. Imports neither torch nor ray itself."""
+"""The only parser: `python -m jobs.X …` and `distmeta X …` both come here. Imports neither torch nor ray."""
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from distmeta import config
 from distmeta.errors import RunError, UserError
@@ -18,7 +19,10 @@ COMMANDS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one sentence that names the nearest flag."""
+    """argparse whose errors are one sentence naming the nearest flag; a prefix is never taken for a flag."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message} (see {self.prog} --help)")
@@ -37,17 +41,29 @@ def main(argv: Sequence[str]) -> int:
     """Run one command; the exit status: 0, 2 for usage and bad input, 1 for a run that failed."""
     try:
         if not argv or argv[0] in ("-h", "--help"):
-            print("usage: distmeta COMMAND [...]\n\n" + "\n".join(f"  {n:<10} {h}" for n, h in COMMANDS.items())
-                  + "\n\n`distmeta COMMAND --help` explains each.")
+            print(
+                "usage: distmeta COMMAND [...]\n\n"
+                + "\n".join(f"  {n:<10} {h}" for n, h in COMMANDS.items())
+                + "\n\n`distmeta COMMAND --help` explains each."
+            )
             return 0
         if argv[0] not in COMMANDS:
-            raise UserError(f"unknown command {argv[0]!r}{config.nearest(argv[0], COMMANDS)}; commands: {' '.join(COMMANDS)}")
+            near = config.nearest(argv[0], COMMANDS)
+            raise UserError(f"unknown command {argv[0]!r}{near}; commands: {' '.join(COMMANDS)}")
         command = importlib.import_module(f"distmeta.commands.{argv[0]}")
         return command.main(list(argv[1:])) or 0
     except (UserError, RunError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2 if isinstance(e, UserError) else 1
     except BrokenPipeError:
+        # whoever read the output has left: no second complaint when the interpreter flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError:
+        print("error: out of memory; try a smaller --batch-size or a machine with more", file=sys.stderr)
+        return 1
+    except OSError as e:
+        print(f"error: {e.filename or e.__class__.__name__}: {e.strerror or e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

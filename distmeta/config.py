@@ -1,12 +1,15 @@
-"""One object for the command line, YAML, Tune and the run directory: dataclasses whose fields say what they do.
+"""One object for the command line, YAML, Tune and the run directory: dataclasses that explain themselves.
 
-YAML has the sections `method`, `data`, `train` and `method_options`; flags are flat, kebab-case and unprefixed.
-Defaults < the method's own defaults < `--config FILE` < flags. An unknown key is an error that names the nearest one.
+YAML has the sections `method`, `data`, `train` and `method_options`; flags are flat, kebab-case, unprefixed.
+Defaults < the method's own defaults < `--config FILE` < flags. An unknown key is an error naming the nearest.
 """
 
 import argparse
 import dataclasses
 import difflib
+import hashlib
+import json
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -19,21 +22,51 @@ from distmeta.errors import UserError
 from distmeta.storage import Location
 
 T = TypeVar("T")
+SECTIONS = ("method", "data", "train", "method_options")
+FREE = frozenset(
+    {"data.data"}
+    | {f"train.{k}" for k in ("run", "resume", "workers", "epochs", "patience", "checkpoint_steps", "threads", "gpu")}
+)
+"""Keys that `--resume` may change; see `fixed`."""
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field with its default, the sentence that `--help` shows, and what it may be."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def option(
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] | None = None,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+) -> Any:
+    """A dataclass field with its default, the sentence that `--help` shows, and what it may be.
+
+    Args:
+        choices: the words it may be.
+        least, most: the smallest and the largest number it may be; `above`: a number it must exceed.
+    """
+    metadata = {"help": help, "choices": choices, "least": least, "above": above, "most": most}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class DataOptions:
     """Which tasks to learn from."""
 
-    data: str = option("", "Dataset directory or URI, made by `python -m jobs.prepare`. Default: a small synthetic dataset is made.")
+    data: str = option(
+        "",
+        "Dataset directory or URI, made by `python -m jobs.prepare`. Default: a small synthetic one is made.",
+    )
     protocol: str = option("cmml-user", "How users become tasks: cmml-user or melu.", ("cmml-user", "melu"))
-    split_seed: int = option(0, "Seed of the protocol's split; independent of --seed.")
-    max_ratings: int = option(100, "cmml-user: keep a user's first N ratings by time (CMML's text says 50, its appendix 100).")
+    split_seed: int = option(0, "Seed of the protocol's split; independent of --seed.", least=0)
+    max_ratings: int = option(
+        100,
+        "cmml-user: keep a user's first N ratings by time (CMML's text says 50, its appendix 100).",
+        least=1,
+    )
+    cold_users: str = option(
+        "", "melu: text file of the cold users' raw ids, one a line. Default: 20 % of the users by hash."
+    )
 
 
 @dataclass(frozen=True)
@@ -42,18 +75,29 @@ class TrainOptions:
 
     run: str = option("", "Run directory or URI. Default: runs/METHOD-DATASET-TIME.")
     resume: bool = option(False, "Go on with a run that exists, from its newest complete checkpoint.")
-    workers: int = option(0, "Ray Train workers; 0 trains in this process without Ray.")
-    seed: int = option(0, "Seed of the initial parameters, the task order and every draw.")
-    epochs: int = option(30, "Passes over the training tasks, at most.")
-    patience: int = option(5, "Stop after this many epochs without a better validation error; 0 never stops early.")
-    batch_size: int = option(64, "Tasks a meta-update.")
-    lr: float = option(1e-3, "Step size of the meta-update (Adam).")
-    lr_decay: float = option(1.0, "The meta step size shrinks to this fraction of itself over --epochs, along a cosine.")
-    weight_decay: float = option(0.0, "Decoupled weight decay of the meta-update (AdamW).")
-    clip: float = option(10.0, "Largest norm of a meta-gradient; 0 leaves it alone.")
-    redraw_query: bool = option(True, "Draw each training task's query anew every epoch, where the protocol leaves it open.")
-    checkpoint_steps: int = option(0, "Checkpoint every N meta-updates besides the end of each epoch; 0: only there.")
-    threads: int = option(0, "CPU threads of each worker; 0: the cores divided by the workers.")
+    workers: int = option(0, "Ray Train workers; 0 trains in this process without Ray.", least=0)
+    seed: int = option(0, "Seed of the initial parameters, the task order and every draw.", least=0)
+    epochs: int = option(30, "Passes over the training tasks, at most.", least=1)
+    patience: int = option(
+        5, "Stop after this many epochs without a better validation error; 0 never stops early.", least=0
+    )
+    batch_size: int = option(64, "Tasks a meta-update.", least=1)
+    lr: float = option(1e-3, "Step size of the meta-update (Adam).", above=0)
+    lr_decay: float = option(
+        1.0,
+        "The meta step size shrinks to this fraction of itself over --epochs, along a cosine.",
+        least=0,
+        most=1,
+    )
+    weight_decay: float = option(0.0, "Decoupled weight decay of the meta-update (AdamW).", least=0)
+    clip: float = option(10.0, "Largest norm of a meta-gradient; 0 leaves it alone.", least=0)
+    redraw_query: bool = option(
+        True, "Draw each training task's query anew every epoch, where the protocol leaves it open."
+    )
+    checkpoint_steps: int = option(
+        0, "Checkpoint every N meta-updates besides the end of each epoch; 0: only there.", least=0
+    )
+    threads: int = option(0, "CPU threads of each worker; 0: the cores divided by the workers.", least=0)
     gpu: bool = option(False, "Compute on a GPU.")
 
 
@@ -73,51 +117,67 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {match[0]}?)" if match else ""
 
 
+def _plain_type(hint: Any) -> Any:
+    """The type a flag's text is converted to: T for T, for T | None and for tuple[T, ...]."""
+    if isinstance(hint, types.UnionType):
+        return _plain_type(next(a for a in typing.get_args(hint) if a is not type(None)))
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
+
+
 def add_flags(parser: argparse.ArgumentParser, section: type, title: str) -> None:
-    """Add one flag a field of the dataclass `section`, grouped under `title`; absent flags stay absent."""
+    """Add one flag a field of the dataclass `section`, grouped under `title`; absent flags stay absent.
+
+    Choices and ranges are checked by `build`, the same way for flags and for YAML.
+    """
     group = parser.add_argument_group(title)
     hints = typing.get_type_hints(section)
     for f in dataclasses.fields(section):
-        flag = "--" + f.name.replace("_", "-")
         default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        kwargs: dict[str, Any] = {"default": argparse.SUPPRESS, "help": f"{f.metadata['help']} [{default}]".replace("%", "%%")}
-        if hints[f.name] is bool:
+        kwargs: dict[str, Any] = {
+            "default": argparse.SUPPRESS,
+            "help": (f.metadata["help"] + (f" [{default}]" if default != "" else "")).replace("%", "%%"),
+        }
+        kind = _plain_type(hints[f.name])
+        if kind is bool:
             kwargs |= {"action": argparse.BooleanOptionalAction}
         elif typing.get_origin(hints[f.name]) is tuple:
-            kwargs |= {"type": typing.get_args(hints[f.name])[0], "nargs": "+", "metavar": "N"}
+            kwargs |= {"type": kind, "nargs": "+", "metavar": "N"}
         else:
-            kwargs |= {"type": hints[f.name], "choices": f.metadata["choices"], "metavar": hints[f.name].__name__.upper()}
-            if kwargs["choices"]:
-                kwargs["metavar"] = "|".join(kwargs["choices"])
-        group.add_argument(flag, **kwargs)
+            kwargs |= {"type": kind, "metavar": "|".join(f.metadata["choices"] or (kind.__name__.upper(),))}
+        group.add_argument("--" + f.name.replace("_", "-"), **kwargs)
 
 
-def build(section: type[T], values: Mapping[str, Any], where: str) -> T:
-    """An instance of the dataclass `section` from `values`, each checked against its field's type and choices.
+def build(section: type[T], values: Mapping[str, Any], where: str, flags: bool = False) -> T:
+    """An instance of the dataclass `section` from `values`, each checked against its type, choices and range.
+
+    Args:
+        where: starts the sentence of an error (a file and section, or the command line).
+        flags: name keys as the command line does (--batch-size, not batch_size).
 
     Raises:
-        UserError: a key that is no field (names the nearest), or a value of the wrong type; `where` starts the sentence.
+        UserError: a key that is no field (names the nearest), or a value of the wrong type or out of range.
     """
     hints = typing.get_type_hints(section)
     known = {f.name: f for f in dataclasses.fields(section)}  # type: ignore[arg-type]
     checked = {}
     for key, value in values.items():
         if key not in known:
-            raise UserError(f"{where}: unknown key {key!r}{nearest(key, known)}; known: {' '.join(known) or 'none'}")
-        checked[key] = _checked(value, hints[key], f"{where}: {key}")
-        choices = known[key].metadata.get("choices")
-        if choices and value not in choices:
-            raise UserError(f"{where}: {key} is {value!r}{nearest(str(value), choices)}; choose one of {' '.join(choices)}")
+            raise UserError(
+                f"{where}: unknown key {key!r}{nearest(str(key), known)}; known: {' '.join(known) or 'none'}"
+            )
+        name = f"{where}: " + ("--" + key.replace("_", "-") if flags else key)
+        checked[key] = _checked(value, hints[key], name)
+        _in_range(checked[key], known[key].metadata, name)
     return section(**checked)
 
 
-def _checked(value: Any, hint: Any, where: str) -> Any:
+def _checked(value: Any, hint: Any, name: str) -> Any:
+    if isinstance(hint, types.UnionType):
+        return None if value is None else _checked(value, _plain_type(hint), name)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
-            raise UserError(f"{where} must be a list, not {value!r}")
-        return tuple(_checked(v, typing.get_args(hint)[0], where) for v in value)
-    if isinstance(hint, types.UnionType):
-        return value
+            raise UserError(f"{name} must be a list, not {value!r}")
+        return tuple(_checked(v, typing.get_args(hint)[0], name) for v in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
@@ -126,12 +186,39 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
         except ValueError:
             pass
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise UserError(f"{where} must be {hint.__name__}, not {value!r}")
+        kind = {
+            int: "a whole number",
+            float: "a number",
+            str: "text (put it in quotes)",
+            bool: "true or false",
+        }
+        raise UserError(f"{name} must be {kind.get(hint, hint.__name__)}, not {value!r}")
     return value
 
 
+def _in_range(value: Any, limits: Mapping[str, Any], name: str) -> None:
+    choices = limits.get("choices")
+    for v in value if isinstance(value, tuple) else (value,):
+        if choices and v not in choices:
+            raise UserError(f"{name} is {v!r}{nearest(str(v), choices)}; choose one of {' '.join(choices)}")
+        if isinstance(v, float) and not math.isfinite(v):
+            raise UserError(f"{name} must be a finite number, not {v}")
+        for limit, broken, words in (
+            ("least", lambda v, x: v < x, "at least"),
+            ("above", lambda v, x: v <= x, "greater than"),
+            ("most", lambda v, x: v > x, "at most"),
+        ):
+            bound = limits.get(limit)
+            if bound is not None and v is not None and broken(v, bound):
+                raise UserError(f"{name} must be {words} {bound}, not {v}")
+
+
 def read_yaml(location: Location) -> dict[str, Any]:
-    """The mapping in a YAML file (safe loader: a config cannot execute code); UserError naming the file and line."""
+    """The mapping in a YAML file (safe loader: a config cannot execute code).
+
+    Raises:
+        UserError: naming the file and line; a missing file, not YAML, no mapping, an unknown section.
+    """
     try:
         raw = yaml.safe_load(location.read_bytes().decode())
     except FileNotFoundError:
@@ -141,45 +228,75 @@ def read_yaml(location: Location) -> dict[str, Any]:
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{location}{line}: not readable as YAML; mend or rewrite it") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{location}: must hold the sections method, data, train, method_options")
-    return raw
+        raise UserError(f"{location}: must hold the sections {', '.join(SECTIONS)}")
+    for key, value in raw.items():
+        if key not in SECTIONS:
+            near = nearest(str(key), SECTIONS)
+            raise UserError(f"{location}: unknown section {key!r}{near}; sections: {' '.join(SECTIONS)}")
+        if key != "method" and not isinstance(value, dict | None):
+            raise UserError(f"{location}: section {key} must hold key: value lines")
+    return {key: ({} if value is None and key != "method" else value) for key, value in raw.items()}
 
 
-def load(file: Location | None, method: str | None, flags: Mapping[str, Any]) -> Config:
+def load(file: Location | None, method: str | None, flags: Mapping[str, Any], base: Config | None = None) -> Config:
     """A Config from a YAML file (or none), METHOD on the command line (or none) and flags.
 
+    Args:
+        flags: the flags that were given, by field name; those of other sections are passed over.
+        base: a stored config that stands in for the defaults (a resumed run's).
+
     Raises:
-        UserError: unknown method, section, key or flag, or a value of the wrong type.
+        UserError: unknown method, section, key or flag, or a value of the wrong type or out of range.
     """
     from distmeta.methods import entry  # the registry needs option() from here
 
     raw = read_yaml(file) if file else {}
-    where = str(file) if file else "command line"
-    sections = ("method", "data", "train", "method_options")
-    for key, value in raw.items():
-        if key not in sections:
-            raise UserError(f"{where}: unknown section {key!r}{nearest(key, sections)}; sections: {' '.join(sections)}")
-        if key != "method" and not isinstance(value, dict):
-            raise UserError(f"{where}: section {key} must hold key: value lines")
-    name = method or raw.get("method") or "melu"
-    chosen = entry(str(name))
+    name = str(method or raw.get("method") or (base.method if base else "melu"))
+    chosen = entry(name)
     built = {}
-    for section, cls, defaults in (
-        ("data", DataOptions, {}), ("train", TrainOptions, chosen.train), ("method_options", chosen.options, {}),
-    ):
-        file_values = raw.get(section, {}) if section != "method_options" or name == raw.get("method", name) else {}
-        mine = {f.name for f in dataclasses.fields(cls)}
-        build(cls, file_values, f"{where}, section {section}")
-        built[section] = build(cls, {**defaults, **file_values, **{k: v for k, v in flags.items() if k in mine}}, where)
-    return Config(str(name), built["method_options"], built["data"], built["train"])
+    for section, cls in (("data", DataOptions), ("train", TrainOptions), ("method_options", chosen.options)):
+        # method_options belong to the method they were written for
+        mine = section != "method_options" or raw.get("method", name) == name
+        values = raw.get(section, {}) if mine else {}
+        build(cls, values, f"{file}, section {section}")
+        given = {k: v for k, v in flags.items() if k in {f.name for f in dataclasses.fields(cls)}}
+        build(cls, given, "command line", flags=True)
+        defaults = chosen.train if section == "train" else {}
+        if base and (section != "method_options" or base.method == name):
+            defaults = dataclasses.asdict(getattr(base, section))
+        built[section] = build(cls, {**defaults, **values, **given}, f"method {name}, section {section}")
+    return Config(name, built["method_options"], built["data"], built["train"])
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The config as the nested mapping of its YAML: dicts, lists, strings, numbers, booleans, None."""
+    sections = {s: dataclasses.asdict(getattr(config, s)) for s in SECTIONS if s != "method"}
+    return {
+        "method": config.method,
+        **{s: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()} for s, values in sections.items()},
+    }
 
 
 def to_yaml(config: Config) -> str:
     """The config as RUN/config.yaml holds it; `load` reads it back to an equal Config."""
-    plain = {
-        "method": config.method,
-        "data": dataclasses.asdict(config.data),
-        "train": dataclasses.asdict(config.train),
-        "method_options": {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config.method_options).items()},
-    }
-    return yaml.safe_dump(plain, sort_keys=False)
+    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+
+
+def fixed(config: Config) -> dict[str, Any]:
+    """What determines a run's parameters, as `section.key` -> value: what `--resume` may not change.
+
+    Free are where things lie (the split's hash vouches for the data), how the work is spread, when to stop,
+    and how often to checkpoint. --epochs is free only where the step size does not depend on it
+    (--lr-decay 1).
+    """
+    values = {"method": config.method}
+    for section, keys in plain(config).items():
+        if section != "method":
+            values |= {f"{section}.{k}": v for k, v in keys.items()}
+    free = FREE if config.train.lr_decay == 1.0 else FREE - {"train.epochs"}
+    return {k: v for k, v in values.items() if k not in free}
+
+
+def fingerprint(config: Config) -> str:
+    """sha256 over `fixed`; a checkpoint carries it."""
+    return hashlib.sha256(json.dumps(fixed(config), sort_keys=True).encode()).hexdigest()

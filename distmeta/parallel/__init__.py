@@ -1,1 +1,1 @@
-"""Task delivery, gradient exchange, checkpoints and the trainer: the only place that may import ray or torch.distributed."""
+"""Trainer, gradient exchange, checkpoints: the only place that may import ray or torch.distributed."""

@@ -1,0 +1,42 @@
+"""`benchmark`: measure this machine; each measurement is a file of its own."""
+
+import importlib
+from collections.abc import Sequence
+
+from distmeta.cli import Parser
+from distmeta.config import nearest
+from distmeta.errors import UserError
+from distmeta.storage import Location
+
+BENCHMARKS = {
+    "adaptation": "the inner loop: dual form against private matrices, vmap and a loop over tasks",
+    "input": "task tables: tasks a second, read, permuted and padded",
+}
+_HELP = (
+    "usage: benchmark NAME [--json FILE] [...]\n\n"
+    + "\n".join(f"  {name:<12} {text}" for name, text in BENCHMARKS.items())
+    + "\n\n--json FILE also writes the rows as a JSON list. `benchmark NAME --help` explains each.\n"
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one benchmark, which prints its rows; 0 when they are written.
+
+    Raises:
+        UserError: usage.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_HELP, end="")
+        return 0
+    name, rest = argv[0], list(argv[1:])
+    if name not in BENCHMARKS:
+        near = nearest(name, BENCHMARKS)
+        raise UserError(f"benchmark: unknown benchmark {name!r}{near}; benchmarks: {' '.join(BENCHMARKS)}")
+    parser = Parser(prog=f"benchmark {name}", add_help=False)
+    parser.add_argument("--json", metavar="FILE")
+    own, others = parser.parse_known_args(rest)
+    rows = importlib.import_module(f"distmeta.commands.benchmark_{name}").main(others)
+    if own.json:
+        Location.of(own.json).write_json(rows)
+        print(f"rows     {own.json}")
+    return 0

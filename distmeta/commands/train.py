@@ -1,0 +1,196 @@
+"""`train`: meta-train a method, evaluate its best checkpoint against the floors, write the report."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from distmeta import config as config_module
+from distmeta.cli import Parser
+from distmeta.config import Config, DataOptions, TrainOptions, add_flags
+from distmeta.errors import UserError
+from distmeta.methods import METHODS, entry
+from distmeta.parallel import rundir
+from distmeta.storage import Location
+
+if TYPE_CHECKING:
+    from distmeta.data.schema import Dataset
+
+SMALL = "runs/data/synthetic-small"
+"""Where the dataset of a run without --data lies."""
+
+_EPILOG = """\
+methods: {methods}
+`train METHOD --help` shows a method's own options.
+
+examples:
+  python -m jobs.train
+  python -m jobs.train melu --data data/ml-1m --protocol melu --run runs/first --epochs 20
+  python -m jobs.train --config runs/first/config.yaml --seed 1 --run runs/second
+  python -m jobs.train --run runs/first --resume
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `train`; 0 when the report is there.
+
+    Raises:
+        UserError: usage or bad input. RunError: the run failed.
+    """
+    config = parse(argv)
+    if config.train.workers:
+        raise UserError(
+            f"--workers {config.train.workers}: training on Ray workers comes with the Ray trainer;"
+            " use --workers 0, which trains in this process"
+        )
+    from distmeta.data import protocols, tasktable
+    from distmeta.data.schema import Dataset
+
+    run = Location.of(config.train.run) if config.train.run else None
+    if run and not config.train.resume:
+        rundir.check_new(run)
+    place = Location.of(config.data.data) if config.data.data else _small()
+    dataset = Dataset.open(place)
+    run = run or rundir.default(config.method, dataset.name)
+    table = tasktable.make(place, config.data.protocol, config.data.split_seed, protocols.protocol_options(config.data))
+    config = _settled(config, run, place)
+    run.make_dir()
+    with rundir.lock(run):
+        if not config.train.resume:
+            rundir.check_new(run)
+        return _drive(config, run, place, dataset, table)
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """The config that `train`'s arguments ask for; a resumed run's own config stands in for the defaults.
+
+    Raises:
+        UserError: usage; or --resume and no run there, or one started with other settings.
+    """
+    argv = list(argv)
+    method = argv.pop(0) if argv and not argv[0].startswith("-") else None
+    if method:
+        entry(method)
+    early = _early(argv)
+    file = Location.of(early["config"]) if early.get("config") else None
+    base = None
+    if early.get("resume"):
+        if not early.get("run"):
+            raise UserError("train: --resume needs --run RUN, the directory of the run to go on with")
+        base = rundir.stored(Location.of(early["run"]))
+    name = method or (config_module.read_yaml(file).get("method") if file else None)
+    name = str(name or (base.method if base else "melu"))
+    bare = not (method or file or base)
+    parser = _parser(name, shown=not (bare and {"-h", "--help"} & set(argv)))
+    flags = vars(parser.parse(argv))
+    flags.pop("config", None)
+    config = config_module.load(file, method, flags, base)
+    if base:
+        rundir.check_same(Location.of(early["run"]), config)
+    return config
+
+
+def _early(argv: Sequence[str]) -> dict[str, Any]:
+    """--config, --run and --resume: they say which method's flags the rest may be."""
+    parser = Parser(prog="train", add_help=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--config")
+    parser.add_argument("--run")
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction)
+    return vars(parser.parse_known_args(argv)[0])
+
+
+def _parser(method: str, shown: bool) -> Parser:
+    """The flags of `train METHOD`, the method's own among them where they are `shown`."""
+    chosen = entry(method)
+    parser = Parser(
+        prog=f"train {method}" if shown else "train",
+        usage=f"train {method if shown else '[METHOD]'} [--config FILE] [flags]",
+        description="Meta-train a method, evaluate its best checkpoint on unseen tasks against the floors,\n"
+        "and write the report. Without arguments: MeLU on a small synthetic dataset.",
+        epilog=_EPILOG.format(methods=" ".join(METHODS)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="YAML with the sections method, data, train, method_options (a RUN/config.yaml, say); flags win",
+    )
+    add_flags(parser, DataOptions, "data")
+    add_flags(parser, TrainOptions, "training")
+    if shown:
+        add_flags(parser, chosen.options, f"{method}: {(chosen.options.__doc__ or '').strip().rstrip('.')}")
+    return parser
+
+
+def _settled(config: Config, run: Location, place: Location) -> Config:
+    """The config as the run keeps it: where everything lies, and how many threads it computes with."""
+    from distmeta.parallel.update import cores
+
+    threads = config.train.threads or cores()
+    if threads > cores():
+        print(
+            f"{threads} threads on {cores()} cores: slower, but the same to the last bit as where there are as many;"
+            f" --threads {cores()} suits this machine"
+        )
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, data=str(place)),
+        train=dataclasses.replace(config.train, run=str(run), threads=threads),
+    )
+
+
+def _small() -> Location:
+    """The small synthetic dataset, made where it does not exist yet."""
+    from distmeta.data.sources import synthetic
+
+    where = Location.of(SMALL)
+    if (where / "dataset.json").exists():
+        print(f"no --data: the small synthetic dataset at {SMALL}")
+    else:
+        made = synthetic.generate(where)
+        print(f"no --data: made a small synthetic dataset, {made.users:,} users, at {SMALL}")
+    return where
+
+
+def _drive(config: Config, run: Location, place: Location, dataset: "Dataset", table: Any) -> int:
+    """Train, evaluate and finish the run that this process holds."""
+    from distmeta.commands import evaluate
+    from distmeta.parallel import checkpoint, trainer
+
+    before = checkpoint.newest(run)
+    if before:
+        checkpoint.check_origin(run, before, config, table.split_hash)
+    elif config.train.resume:
+        print(f"{run}: has no complete checkpoint yet; starting from the beginning")
+    finish = run / "run.json"
+    summary = finish.read_json() if finish.exists() else None
+    finish.remove()
+    (run / "config.yaml").write_bytes(
+        config_module.to_yaml(
+            dataclasses.replace(config, train=dataclasses.replace(config.train, resume=False))
+        ).encode()
+    )
+    print(f"{config.method} on {dataset.name}, {table.protocol}, split {table.split_hash[:12]} -> {run}")
+    outcome = trainer.train(config, run, dataset, place, table)
+    if summary and before and before.step == outcome.steps:
+        finish.write_json(summary)
+        print(f"{run}: was finished already (best step {outcome.best_step}); report: {run / 'report.html'}")
+        return 0
+    evaluate.evaluate(config, run, place, dataset, table)
+    summary = {
+        "status": "finished",
+        "method": config.method,
+        **dataclasses.asdict(outcome),
+        "split_hash": table.split_hash,
+        "dataset": {
+            "name": dataset.name,
+            "location": str(place),
+            "users": dataset.users,
+            "items": dataset.items,
+            "interactions": dataset.interactions,
+        },
+        "versions": checkpoint.versions(),
+    }
+    finish.write_json(summary)
+    return 0

@@ -1,0 +1,122 @@
+"""The run directory: what it holds, who may write to it, and when it may be gone on with.
+
+RUN/
+  config.yaml       the whole config; a run exists when this does
+  metrics.jsonl     one line an epoch
+  checkpoints/      see checkpoint.py
+  evaluation.json   metrics by cohort, floors and paired differences
+  report.html       the same as tables and pictures
+  run.json          written last, when the run has finished
+  .lock             held by the driver at work (local filesystems)
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+from distmeta import config as config_module
+from distmeta.config import Config
+from distmeta.errors import UserError
+from distmeta.storage import Location, writing
+
+
+def default(method: str, dataset: str) -> Location:
+    """runs/METHOD-DATASET-TIME under the working directory; a number is added where that is taken."""
+    name = f"runs/{method}-{dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run, n = Location.of(name), 1
+    while run.exists():
+        n += 1
+        run = Location.of(f"{name}-{n}")
+    return run
+
+
+def exists(run: Location) -> bool:
+    """Whether a run was started here."""
+    return (run / "config.yaml").exists()
+
+
+def finished(run: Location) -> bool:
+    """Whether the run here was trained and evaluated to its end."""
+    return (run / "run.json").exists()
+
+
+def stored(run: Location) -> Config:
+    """The config of the run that exists here.
+
+    Raises:
+        UserError: there is no run here, or its config.yaml is damaged.
+    """
+    if not exists(run):
+        raise UserError(f"{run}: no run here (config.yaml is missing); give the directory of a run, or train one")
+    return config_module.load(run / "config.yaml", None, {})
+
+
+def check_new(run: Location) -> None:
+    """UserError where a new run may not start at `run`: a run exists there, or other things lie there."""
+    if exists(run):
+        raise UserError(f"{run}: a run exists here; add --resume to go on with it, or choose another --run")
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run}: is a file, not a directory; choose another --run")
+    other = [c.name for c in run.children() if c.name != ".lock"]
+    if other:
+        raise UserError(f"{run}: holds other things ({other[0]}); choose a --run that is empty or does not exist")
+
+
+def check_same(run: Location, config: Config) -> None:
+    """UserError naming the first key in which `config` differs from the run's own, but for those it may."""
+    before, now = config_module.fixed(stored(run)), config_module.fixed(config)
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if old != new:
+            raise UserError(f"{run}: was started with {key} = {old!r}, not {new!r}; leave it so, or start a new run")
+
+
+@contextlib.contextmanager
+def lock(run: Location, log: Callable[[str], None] = print) -> Iterator[None]:
+    """Hold RUN/.lock while driving the run; it names this process and host.
+
+    The kernel drops the lock with the process, so that one killed leaves no obstacle: its name in the file is
+    taken over. Nothing is locked on object stores.
+
+    Raises:
+        UserError: another process drives this run.
+    """
+    if not run.is_local:
+        yield
+        return
+    path = (run / ".lock").path
+    with writing(path):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if e.errno in (errno.EAGAIN, errno.EACCES):
+                raise UserError(
+                    f"{run}: is being trained by {_holder(handle)}; wait, end it, or choose another --run"
+                ) from None
+            log(f"{run}: this filesystem has no locks ({e.strerror}); take care to drive it only once")
+        else:
+            if os.fstat(handle).st_size:
+                log(f"{run}: taking over from {_holder(handle)}, which ended without finishing")
+        mine = json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
+        with writing(path):
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, mine, 0)
+        yield
+        os.ftruncate(handle, 0)
+    finally:
+        os.close(handle)
+
+
+def _holder(handle: int) -> str:
+    try:
+        value = json.loads(os.pread(handle, 4096, 0))
+        return f"process {value['pid']} on {value['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"

@@ -1,0 +1,341 @@
+"""The training loop: the same in one process and inside each worker; an `Exchange` tells them apart.
+
+A step: each worker sums its tasks' losses and gradients into one flat buffer, the exchange adds up the
+buffers, and every worker divides by the number of tasks of all and makes the same AdamW update. Nothing is
+drawn from a generator (draws are hashes of what they are for), so the parameters, the moments and the place
+in the task order are the whole state: stopped anywhere and resumed, a run ends in the same parameters, bit
+for bit.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distmeta import config as config_module
+from distmeta.config import Config
+from distmeta.data.loader import Loader, read_items
+from distmeta.data.schema import Dataset, Label
+from distmeta.data.tasktable import TaskTable
+from distmeta.errors import RunError, UserError
+from distmeta.methods.base import Method, fit_closed_form
+from distmeta.parallel import checkpoint as checkpoints
+from distmeta.parallel.progress import Progress, clock, number
+from distmeta.parallel.update import Exchange, MetaUpdate, NotFinite, build_method, device_of, numerics
+from distmeta.parallel.validation import read_metrics, validate, write_metrics
+from distmeta.storage import Location
+from distmeta.tasks import TaskBatch
+
+_DIVERGED = "start a new run with a smaller --lr or inner step (--local-lr), or look at those tasks' data"
+PHASES = ("input", "compute", "exchange", "optimizer", "checkpoint", "validation")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training came to."""
+
+    best_step: int
+    """Step of the checkpoint with the lowest validation MAE (the last one, where there is no validation)."""
+    best_mae: float | None
+    epochs: int
+    steps: int
+    seconds: float
+    """Spent on training and validation, over all launches of this run."""
+    ended: str
+    """`epochs` (all done), `patience` (stopped early) or `solved` (closed form)."""
+
+
+def train(
+    config: Config,
+    run: Location,
+    dataset: Dataset,
+    dataset_location: Location,
+    table: TaskTable,
+    exchange: Exchange | None = None,
+    log: Callable[[str], None] = print,
+) -> Outcome:
+    """Train into RUN/checkpoints and RUN/metrics.jsonl, from the newest complete checkpoint if there is one.
+
+    Raises:
+        RunError: the loss or its gradient is not finite; the disk is full.
+        UserError: a checkpoint is damaged or belongs to other settings; the split has no training tasks.
+    """
+    exchange = exchange or Exchange()
+    device = device_of(config.train)
+    with numerics(config.train.threads, device):
+        items = read_items(dataset_location, dataset)
+        method = build_method(config, dataset, items, device)
+        o = config.train
+        shared: dict[str, Any] = {"seed": o.seed, "rank": exchange.rank, "world": exchange.world}
+        tasks = Loader(table, dataset, "train", o.batch_size, redraw=o.redraw_query, **shared)
+        valid = Loader(table, dataset, "valid", o.batch_size, redraw=False, **shared)
+        if not tasks.n_tasks:
+            raise UserError(f"{table.location}: no training tasks; choose another --protocol or a larger dataset")
+        training = _Training(config, run, method, tasks, valid, table.split_hash, exchange, log, dataset.label, device)
+        return training.solve() if method.sweeps else training.learn()
+
+
+@dataclass
+class _Progress:
+    """The scalars of a run that a checkpoint carries besides tensors and position."""
+
+    best: float | None = None
+    best_step: int | None = None
+    stale: int = 0
+    seconds: float = 0.0
+    """Of the epochs before this one."""
+    loss: float = 0.0
+    tasks: float = 0.0
+    """Sums of the epoch under way; so are the next ones."""
+    wait: float = 0.0
+    phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+
+
+class _Training:
+    """A run under way: where it stands, and how it goes on."""
+
+    def __init__(
+        self,
+        config: Config,
+        run: Location,
+        method: Method,
+        tasks: Loader,
+        valid: Loader,
+        split_hash: str,
+        exchange: Exchange,
+        log: Callable[[str], None],
+        label: Label,
+        device: torch.device,
+    ) -> None:
+        self.config, self.options, self.run = config, config.train, run
+        self.method, self.tasks, self.valid, self.label = method, tasks, valid, label
+        self.exchange, self.split_hash, self.device = exchange, split_hash, device
+        self.driver = exchange.rank == 0
+        self.screen = Progress(log if self.driver else lambda _: None)
+        self.step = self.epoch = self.batch = 0
+        self.progress = _Progress()
+        self.history: list[dict[str, Any]] = []
+        self.update = None if method.sweeps else MetaUpdate(method, self.options, exchange, tasks.steps)
+        self._restore()
+
+    # ---- the loop
+
+    def learn(self) -> Outcome:
+        """All epochs of a gradient method that are still to do."""
+        assert self.update
+        while self.epoch < self.options.epochs and not self._out_of_patience():
+            self._train_epoch(self.update)
+            self._end_epoch()
+        ended = "patience" if self._out_of_patience() else "epochs"
+        best = self.progress.best_step
+        return self._outcome(self.step if best is None else best, ended)
+
+    def solve(self) -> Outcome:
+        """All sweeps of a closed-form method, one validation, one checkpoint; nothing where that exists."""
+        if not self.step:
+            with self._timed("compute"):
+                fit_closed_form(self.method, lambda sweep: self.tasks.epoch(0), self._reduce)
+            self.progress.tasks = float(self.tasks.n_tasks * self.method.sweeps)
+            self.step = self.method.sweeps
+            self._end_epoch()
+        return self._outcome(self.step, "solved")
+
+    def _outcome(self, best_step: int, ended: str) -> Outcome:
+        done = self.progress
+        return Outcome(best_step, done.best, self.epoch, self.step, done.seconds, ended)
+
+    def _out_of_patience(self) -> bool:
+        return 0 < self.options.patience <= self.progress.stale
+
+    def _train_epoch(self, update: MetaUpdate) -> None:
+        """Go on from batch `self.batch` of epoch `self.epoch` to its end."""
+        state, every = self.progress, self.options.checkpoint_steps
+        self.method.train()
+        batches = iter(self.tasks.epoch(self.epoch, start=self.batch))
+        waited = self.tasks.wait_seconds - state.wait
+        while True:
+            with self._timed("input"):
+                batch = next(batches, None)
+                batch = batch.to(self.device) if batch is not None else None
+            state.wait = self.tasks.wait_seconds - waited
+            if batch is None:
+                break
+            self._meta_update(update, batch)
+            self.batch += 1
+            self.step += 1
+            if every and self.step % every == 0 and self.batch < self.tasks.steps:
+                self._save()
+            self.screen.within(self._within)
+        if self.batch != self.tasks.steps:
+            raise RunError(
+                f"{self.run}: epoch {self.epoch + 1} gave {self.batch} batches, not {self.tasks.steps};"
+                " the task table changed while it was read; start a new run"
+            )
+
+    def _meta_update(self, update: MetaUpdate, batch: TaskBatch) -> None:
+        with self._timed("compute"):
+            update.local(batch)
+        with self._timed("exchange"):
+            self.exchange.sum(update.flat)
+        with self._timed("optimizer"):
+            try:
+                loss, count = update.apply(batch, self.step)
+            except NotFinite as e:
+                raise self._diverged(e) from None
+        self.progress.loss += loss
+        self.progress.tasks += count
+
+    def _diverged(self, e: NotFinite) -> RunError:
+        if e.tasks:
+            more = f" and {len(e.tasks) - 10} more" if len(e.tasks) > 10 else ""
+            blame = f"of task{'s' * (len(e.tasks) > 1)} {', '.join(map(str, e.tasks[:10]))}{more}"
+        else:
+            blame = "of the batch's tasks together" if self.exchange.world == 1 else "of another worker's tasks"
+        newest = checkpoints.newest(self.run)
+        kept = f"the checkpoint of step {newest.step} is kept" if newest else "there is no checkpoint yet"
+        place = f"epoch {self.epoch + 1}, step {self.step}"
+        return RunError(f"{place}: the {e.what} {blame} is not finite; {kept}; {_DIVERGED}")
+
+    def _end_epoch(self) -> None:
+        """Validate, write the epoch's line, tell, checkpoint."""
+        state = self.progress
+        with self._timed("validation"):
+            batches = self.valid.evaluation()
+            mae, mse = validate(self.method, batches, self.label, self.exchange, self.device)
+        if self.valid.n_tasks and not math.isfinite(mae):
+            raise RunError(f"epoch {self.epoch + 1}: predictions for the validation tasks are not finite; {_DIVERGED}")
+        if not self.valid.n_tasks:
+            state.best, state.best_step = None, self.step
+        elif state.best is None or mae < state.best:
+            state.best, state.best_step, state.stale = mae, self.step, 0
+        else:
+            state.stale += 1
+        self._write_line(mae, mse)
+        self.screen.line(self._summary())
+        self.progress = _Progress(state.best, state.best_step, state.stale, state.seconds + sum(state.phases.values()))
+        self.epoch, self.batch = self.epoch + 1, 0
+        self._save()
+
+    def _reduce(self, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Statistics summed over all workers."""
+        for key in sorted(statistics):
+            value = statistics[key].contiguous()
+            statistics[key] = self.exchange.sum(value.view(-1)).view_as(value)
+        return statistics
+
+    # ---- what is kept
+
+    def _save(self) -> None:
+        if not self.driver:
+            return
+        with self._timed("checkpoint"):
+            parts = {"params": self.method.state_dict()}
+            if self.update:
+                parts["optimizer"] = self.update.moments()
+            older = checkpoints.complete(self.run)
+            checkpoints.save(
+                self.run,
+                parts,
+                method=self.config.method,
+                step=self.step,
+                cursor={"epoch": self.epoch, "batch": self.batch},
+                progress=vars(self.progress),
+                config=config_module.fingerprint(self.config),
+                split_hash=self.split_hash,
+            )
+            keep = {self.step, *older[-1:]}
+            if self.progress.best_step is not None:
+                keep.add(self.progress.best_step)
+            checkpoints.retain(self.run, keep)
+
+    def _restore(self) -> None:
+        """Take everything up from the newest complete checkpoint, if there is one."""
+        found = checkpoints.newest(self.run)
+        if found is None:
+            return
+        checkpoints.check_origin(self.run, found, self.config, self.split_hash)
+        checkpoints.restore_params(self.run, found, self.method, self.config.method)
+        if self.update:
+            moments = checkpoints.load(self.run, found, "optimizer")
+            checkpoints.check(found, moments, self.update.moments())
+            self.update.set_moments(moments)
+        self.step, self.epoch, self.batch = found.step, found.cursor["epoch"], found.cursor["batch"]
+        self.progress = _Progress(**found.progress)
+        self.history = read_metrics(self.run)[: self.epoch]
+        self.screen.line(f"going on from step {self.step} (epoch {self.epoch + 1}, batch {self.batch})")
+
+    def _write_line(self, mae: float, mse: float) -> None:
+        """Add this epoch's line to RUN/metrics.jsonl; the file is written whole, as object stores need.
+
+        `checkpoint_s` covers those written since the epoch began, the one at its end not included.
+        """
+        state = self.progress
+        learning = sum(v for k, v in state.phases.items() if k != "validation")
+        line = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "seconds": sum(state.phases.values()),
+            "tasks_per_s": state.tasks / learning if learning else 0.0,
+            "train_loss": state.loss / state.tasks if state.tasks and not self.method.sweeps else None,
+            "valid_mae": mae if math.isfinite(mae) else None,
+            "valid_mse": mse if math.isfinite(mse) else None,
+            "lr": self.update.rate(self.step - 1) if self.update else None,
+            "wait_s": state.wait,
+            **{f"{k}_s": v for k, v in state.phases.items()},
+        }
+        self.history.append(line)
+        if self.driver:
+            write_metrics(self.run, self.history)
+
+    # ---- what is shown
+
+    @contextlib.contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.progress.phases[phase] += time.perf_counter() - start
+
+    def _within(self) -> str:
+        state, o = self.progress, self.options
+        return (
+            f"epoch {self.epoch + 1}/{o.epochs}  {self.batch:,}/{self.tasks.steps:,} updates"
+            f"  train {number(state.loss / max(state.tasks, 1))}  {self._speed()}  ETA {clock(self._eta())}"
+        )
+
+    def _summary(self) -> str:
+        """The line of an epoch that ended (its metrics are the last of the history)."""
+        row, state = self.history[-1], self.progress
+        parts = ["solved" if self.update is None else f"epoch {self.epoch + 1}/{self.options.epochs}"]
+        if row["train_loss"] is not None:
+            parts.append(f"train {number(row['train_loss'])}")
+        if row["valid_mae"] is not None:
+            best = f" (best {number(state.best or 0.0)} at {self._best_epoch()})" if self.update else ""
+            parts.append(f"valid mae {number(row['valid_mae'])}{best}")
+        parts.append(self._speed())
+        if self.update and not self._out_of_patience():
+            parts.append(f"ETA {clock(self._eta())}")
+        return "  ".join(parts)
+
+    def _best_epoch(self) -> int:
+        return (self.progress.best_step or 0) // max(self.tasks.steps, 1)
+
+    def _speed(self) -> str:
+        """`5,120 tasks/s  input 1.2 %`: the share of the time that training waited for its tasks."""
+        state = self.progress
+        learning = max(sum(v for k, v in state.phases.items() if k != "validation"), 1e-9)
+        waiting = f"  input {100 * state.wait / learning:.1f} %" if self.update else ""
+        return f"{state.tasks / learning:,.0f} tasks/s{waiting}"
+
+    def _eta(self) -> float:
+        """Seconds until --epochs are done at the mean speed so far."""
+        state = self.progress
+        done = self.epoch + self.batch / max(self.tasks.steps, 1)
+        spent = state.seconds + sum(state.phases.values())
+        return spent / done * (self.options.epochs - done) if done else 0.0

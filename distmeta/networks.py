@@ -4,6 +4,7 @@ Shape letters: b tasks, R rows, U unique items of a batch, M values of a field, 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,10 @@ class Embedding(nn.Module):
         self.item_tables = nn.ModuleList(Table(n, width) for n in sizes)
         self.user_width = width * len(self.user_tables)
         self.item_width = width * len(self.item_tables)
-        self._all_items = items
+        # buffers, so that the items' fields follow the module's device and precision; a checkpoint leaves them out
+        for i, f in enumerate(item_fields):
+            self.register_buffer(f"item_index_{i}", items[f.name].index, persistent=False)
+            self.register_buffer(f"item_weight_{i}", items[f.name].weight, persistent=False)
 
     def users(self) -> dict[str, Table]:
         return dict(zip(self.user_names, self.user_tables, strict=True))  # type: ignore[arg-type]
@@ -96,10 +100,13 @@ class Embedding(nn.Module):
 
     def item_bags(self, items: Tensor) -> dict[str, Bag]:
         """Bags of the given items (int64 [U]) by field name, the id included where it is a feature."""
-        own = Bag(items.unsqueeze(1), None)
-        return {
-            name: own if name == ITEM_ID else self._all_items[name].take(items) for name in self.item_names
-        }
+        bags = {}
+        for i, name in enumerate(self.item_names):
+            if name == ITEM_ID:
+                bags[name] = Bag(items.unsqueeze(1), None)
+            else:
+                bags[name] = Bag(getattr(self, f"item_index_{i}"), getattr(self, f"item_weight_{i}")).take(items)
+        return bags
 
     def encode(self, batch: TaskBatch) -> "Encoded":
         """Embed what the batch touches: each unique item once, each user once."""
@@ -147,7 +154,7 @@ class Decision(nn.Module):
     def __init__(self, d: int, hidden: Sequence[int]) -> None:
         super().__init__()
         widths = [d, *hidden, 1]
-        self.layers = nn.ModuleList(Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise(widths))
 
     def __iter__(self) -> Iterator[Linear]:
         return iter(self.layers)  # type: ignore[arg-type]

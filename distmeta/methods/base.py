@@ -1,18 +1,20 @@
 """The contract between a method and the rest: what a method is given, and what it must answer.
 
-A method knows nothing of ranks, files or Ray. It is constructed from its options, the dataset's manifest and the
-items' fields, and then learns in one of two ways:
+A method knows nothing of ranks, files or Ray. It is constructed from its options, the dataset's manifest and
+the items' fields, and then learns in one of two ways:
 
 - by gradient: `loss(batch)` gives the per-task query loss with graph; the trainer averages over all tasks;
-- in closed form: `statistics(batch, sweep)` gives additive sums, `solve(statistics, sweep)` takes their total over
-  all tasks and workers. `sweeps` says how many passes over the training tasks it wants.
+- in closed form: `statistics(batch, sweep)` gives additive sums, `solve(statistics, sweep)` takes their total
+  over all tasks and workers. `sweeps` says how many passes over the training tasks it wants.
 
 Either way `adapt(batch)` looks at support rows only and `predict(state, batch)` scores the query rows.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from distmeta.data.schema import Dataset
@@ -51,9 +53,40 @@ class Method(nn.Module, ABC):
         raise TypeError(f"{self.name} is solved in closed form; it has no loss")
 
     def statistics(self, batch: TaskBatch, sweep: int) -> dict[str, Tensor]:
-        """Sums over the batch's tasks (support and query rows alike) that `solve` needs; additive over batches."""
+        """Additive sums over the batch's tasks, support and query rows alike, that `solve` needs.
+
+        Dense tensors, or sparse ones over the items of the batch.
+        """
         raise TypeError(f"{self.name} is learned by gradient; it has no statistics")
 
     def solve(self, statistics: dict[str, Tensor], sweep: int) -> None:
         """Set the parameters (buffers) from the statistics summed over all training tasks."""
         raise TypeError(f"{self.name} is learned by gradient; it has no statistics")
+
+
+@torch.no_grad()
+def fit_closed_form(
+    method: Method,
+    batches: Callable[[int], Iterable[TaskBatch]],
+    reduce: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+) -> None:
+    """Learn a method in closed form: for each sweep sum its statistics over the training tasks, then solve.
+
+    Args:
+        batches: sweep -> the training tasks, each exactly once (on this worker).
+        reduce: adds the sums of all workers (dense tensors, the same names and shapes everywhere, also on a
+            worker without tasks); none: this worker has all tasks.
+
+    Raises:
+        UserError: there is no training rating at all.
+    """
+    device = next(method.buffers()).device
+    nothing = TaskBatch(items=torch.zeros(0, dtype=torch.int64, device=device), blocks=())
+    for sweep in range(method.sweeps):
+        # The sums of no tasks say which names and shapes there are. Statistics may be sparse, totals are
+        # dense.
+        total = {name: value.to_dense() for name, value in method.statistics(nothing, sweep).items()}
+        for batch in batches(sweep):
+            for name, value in method.statistics(batch.to(device), sweep).items():
+                total[name] += value
+        method.solve(reduce(total) if reduce else total, sweep)

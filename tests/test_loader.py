@@ -289,13 +289,20 @@ def threads() -> list[threading.Thread]:
 def test_prefetch_ends_early_and_hands_over_errors(
     table: TaskTable, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loader = Loader(table, dataset, "train", 2, prefetch=1)
+    loader, real, calls = Loader(table, dataset, "train", 2, prefetch=1), Collator.batch, []
+
+    def counted(self: Collator, chosen: Any, epoch: int) -> TaskBatch:
+        calls.append(epoch)
+        return real(self, chosen, epoch)
+
+    monkeypatch.setattr(Collator, "batch", counted)
     batches = loader.epoch(0)
     next(batches)
     assert threads()
     batches.close()  # type: ignore[attr-defined]
     assert not threads()
-    whole, real = [unpacked(b) for b in loader.epoch(0)], Collator.batch
+    assert len(calls) <= 4 < loader.steps  # the one used, one ready, one waiting for room, one under way
+    whole = [unpacked(b) for b in loader.epoch(0)]
     assert not threads()
     assert [unpacked(b) for b in Loader(table, dataset, "train", 2, prefetch=0).epoch(0)] == whole
 
@@ -309,8 +316,7 @@ def test_prefetch_ends_early_and_hands_over_errors(
     monkeypatch.setattr(Collator, "batch", failing)
     got: list[TaskBatch] = []
     with pytest.raises(RuntimeError, match="collating went wrong"):
-        for batch in loader.epoch(0):
-            got.append(batch)
+        got.extend(loader.epoch(0))
     assert [unpacked(b) for b in got] == whole[:3]
     assert not threads()
 

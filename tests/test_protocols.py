@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
@@ -211,6 +212,27 @@ def test_half_made_table_is_replaced_and_a_failed_making_leaves_none(tmp_path: P
     left = [f for _, _, files in os.walk(data / "tasks") for f in files if ".tmp" in f]
     assert not left
     assert not list((data / "tasks").glob("cmml-user-1-7-*/tasks.json"))
+
+
+def test_damaged_interactions_are_named(tmp_path: Path) -> None:
+    """A user cut in two by parts, an unknown item, or a lost row would make wrong tasks without a word."""
+    data = tmp_path / "data"
+    tiny.make(data, part_rows=200)
+    first, second = sorted((data / "interactions").iterdir())[:2]
+    good = second.read_bytes()
+    log, user = pq.read_table(second), pq.read_table(first)["user"].to_numpy()[-1]
+    users, items = log["user"].to_numpy().copy(), log["item"].to_numpy().copy()
+    users[0], items[3] = user, tiny.ITEMS
+    for damaged, says in (
+        (log.set_column(0, "user", pa.array(users)), "row 1: user out of order"),
+        (log.set_column(1, "item", pa.array(items)), "row 4: unknown item"),
+        (log.slice(1), f"{len(log) - 1} rows where its manifest counts {len(log)}"),
+    ):
+        pq.write_table(damaged, second)
+        with pytest.raises(UserError, match=f"{second.name}.*{says}.*prepare"):
+            tasktable.make(Location.of(data), "cmml-user", 0, {})
+    second.write_bytes(good)
+    assert tasktable.make(Location.of(data), "cmml-user", 0, {}).split_hash == PINNED["cmml-user"]
 
 
 def test_cold_user_list_counts_by_content_and_is_checked(tmp_path: Path, tiny_at: Path) -> None:

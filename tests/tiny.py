@@ -1,55 +1,97 @@
-"""A tiny dataset with every kind of field, the same on every machine: its numbers are counter hashes."""
+"""For tests of the trainer: a small planted dataset, and a method so simple that one can see what it must do."""
 
-from pathlib import Path
+import sys
+import types
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-import polars as pl
+import torch
+from torch import Tensor, nn
 
-from distmeta.data.schema import Dataset, Label
-from distmeta.data.write import write_dataset
-from distmeta.draws import hashed
+from distmeta import config as config_module
+from distmeta.config import Config
+from distmeta.data import protocols, tasktable
+from distmeta.data.schema import Dataset
+from distmeta.data.sources import synthetic
+from distmeta.data.tasktable import TaskTable
+from distmeta.methods import METHODS, Entry
+from distmeta.methods.base import Method
 from distmeta.storage import Location
-
-USERS, ITEMS = 60, 50
-
-
-def counts() -> np.ndarray:
-    """Ratings of each user: 1 for the first, 2 for the second, then 3 to 44."""
-    n = (3 + hashed(np.arange(USERS), purpose="tiny/count") % np.uint64(42)).astype(int)
-    n[:2] = 1, 2
-    return n
+from distmeta.tasks import Bag, Rows, TaskBatch, TaskBlock
 
 
-def interactions(n: np.ndarray) -> pl.DataFrame:
-    """Each user rates n[user] different items, at distinct times, in a scrambled file order."""
-    keys = hashed(np.arange(len(n))[:, None], np.arange(ITEMS), purpose="tiny/item")
-    user = np.repeat(np.arange(len(n)), n)
-    item = np.concatenate([np.argsort(k)[:m] for k, m in zip(keys, n, strict=True)])
-    label = 1 + (hashed(user, item, purpose="tiny/label") % np.uint64(5)).astype(float)
-    time = (hashed(user, item, purpose="tiny/time") % np.uint64(10**9)).astype(np.int64)
-    frame = pl.DataFrame({"user": user + 101, "item": item + 1, "label": label, "time": time})
-    return frame[np.argsort(hashed(np.arange(len(frame)), purpose="tiny/row"))]
+@dataclass(frozen=True)
+class TinyOptions:
+    """Options of Tiny."""
 
 
-def make(where: Path, n: np.ndarray | None = None, year: str = "categorical", part_rows: int = 10**6) -> Dataset:
-    """The dataset at `where`; raw ids are 101 … for users and 1 … for items. `year`: its type, or "" for none."""
-    n = counts() if n is None else n
-    user, item = np.arange(len(n)), np.arange(ITEMS)
-    tags = [[str(t) for t in range(u % 4)] for u in user]
-    users = pl.DataFrame({"user": user + 101, "gender": [None if u == 3 else "FM"[u % 2] for u in user]})
-    users = users.with_columns(pl.Series("tags", tags), pl.Series("age", [None if u == 5 else u / 2 for u in user]))
-    years = [None if i == 7 else 1990 + i % 12 for i in item]
-    genres = [[str(g) for g in range(i % 3)] for i in item]
-    items = pl.DataFrame({"item": item + 1, "year": years, "genres": genres, "price": [float(i) for i in item]})
-    item_fields = {"year": year, "genres": "multi_categorical", "price": "numeric"}
-    return write_dataset(
-        Location.of(where),
-        name="tiny",
-        label=Label("rating", 1.0, 5.0),
-        user_fields={"gender": "categorical", "tags": "multi_categorical", "age": "numeric"},
-        item_fields={k: v for k, v in item_fields.items() if v},  # type: ignore[misc]
-        users=users,
-        items=items,
-        interactions=interactions(n),
-        part_rows=part_rows,
-    )
+class Tiny(Method):
+    """prediction = offset + weight[item mod 7] + mean support label; `poison` spoils the loss of one task."""
+
+    name = "tiny"
+    poison: tuple[int, str] | None = None
+    """(task id, `loss` or `gradient`): what of it is to be not finite."""
+
+    def __init__(self, options: Any, dataset: Dataset, items: dict[str, Bag]) -> None:
+        super().__init__(options, dataset, items)
+        self.offset = nn.Parameter(torch.randn(()))
+        self.weight = nn.Parameter(torch.randn(7))
+        self.unused = nn.Parameter(torch.ones(2))
+
+    def adapt(self, batch: TaskBatch) -> list[Tensor]:
+        return [(b.support.label * b.support.mask).sum(1) / b.support.mask.sum(1).clamp(min=1) for b in batch]
+
+    def predict(self, state: list[Tensor], batch: TaskBatch) -> list[Tensor]:
+        return [
+            self.offset + self.weight[batch.items[b.query.item] % 7] + s[:, None]
+            for s, b in zip(state, batch, strict=True)
+        ]
+
+    def loss(self, batch: TaskBatch) -> Tensor:
+        losses = []
+        for block, score in zip(batch, self.predict(self.adapt(batch), batch), strict=True):
+            error = (score - block.query.label).square() * block.query.mask
+            loss = error.sum(1) / block.query.mask.sum(1).clamp(min=1)
+            if self.poison:
+                bad = block.task == self.poison[0]
+                if self.poison[1] == "loss":
+                    loss = torch.where(bad, loss * torch.inf, loss)
+                else:  # sqrt has no derivative at 0: the loss stays finite, its gradient does not
+                    loss = loss + torch.where(bad, (self.offset * 0).sqrt(), torch.zeros(()))
+            losses.append(loss)
+        return torch.cat(losses)
+
+
+def register(monkeypatch: Any) -> type[Tiny]:
+    """Make `tiny` a METHOD for the length of a test; a fresh class, so that `poison` does not outlive it."""
+    fresh = type("Tiny", (Tiny,), {})
+    module = types.ModuleType("distmeta.methods.tiny")
+    module.Tiny = fresh  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "distmeta.methods.tiny", module)
+    monkeypatch.setitem(METHODS, "tiny", Entry("tiny", "Tiny", TinyOptions))
+    return fresh
+
+
+def small(place: Location, users: int = 200) -> Dataset:
+    """A planted dataset that trains in no time."""
+    return synthetic.generate(place, users=users, items=80, per_user=(15, 30))
+
+
+def setting(place: Location, method: str, **flags: Any) -> tuple[Config, Dataset, TaskTable]:
+    """What `trainer.train` wants, for the dataset at `place`."""
+    config = config_module.load(None, method, {"data": str(place), "threads": 1, "batch_size": 16, **flags})
+    options = protocols.protocol_options(config.data)
+    return config, Dataset.open(place), tasktable.make(place, config.data.protocol, config.data.split_seed, options)
+
+
+def batch(tasks: int, seed: int, first: int = 0) -> TaskBatch:
+    """Tasks with random rows: 4 of support, 3 of query, the last one padding; none at all where `tasks` is 0."""
+    g = torch.Generator().manual_seed(seed)
+
+    def rows(n: int) -> Rows:
+        mask = torch.ones(tasks, n, dtype=torch.bool)
+        mask[:, -1] = False
+        return Rows(torch.randint(20, (tasks, n), generator=g), torch.rand(tasks, n, generator=g) * 4 + 1, mask)
+
+    block = TaskBlock(torch.arange(first, first + tasks), {}, rows(4), rows(3))
+    return TaskBatch(torch.arange(20), (block,) if tasks else ())

@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import handmade
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tiny
 import torch
 
 from distmeta.data import tasktable
@@ -28,7 +28,7 @@ from distmeta.tasks import TaskBatch
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Location:
     where = tmp_path_factory.mktemp("tiny") / "data"
-    tiny.make(where)
+    handmade.make(where)
     return Location.of(where)
 
 
@@ -183,12 +183,12 @@ def test_user_and_item_fields_become_bags(data: Location, table: TaskTable, data
                 assert bag == [(k, pytest.approx(share)) for k in row["tags"] or [0]]
     assert {3, 5} & seen
     items = read_items(data, dataset)
-    assert items["year"].index.shape == (tiny.ITEMS, 1)
+    assert items["year"].index.shape == (handmade.ITEMS, 1)
     assert items["year"].weight is None
     assert items["year"].index[7].item() == 0
     weight = items["genres"].weight
     assert weight is not None
-    assert torch.allclose(weight.sum(1), torch.ones(tiny.ITEMS))
+    assert torch.allclose(weight.sum(1), torch.ones(handmade.ITEMS))
     assert items["genres"].index[0].tolist() == [0, 0]
     price = items["price"].weight
     assert price is not None
@@ -214,7 +214,7 @@ def test_blocks_keep_their_bounds() -> None:
 
 def test_one_user_one_rating_and_empty_splits(tmp_path: Path) -> None:
     """Splits without tasks give no batch; a task whose rows are all support has an empty query."""
-    tiny.make(tmp_path / "two", n=np.array([1, 2]))
+    handmade.make(tmp_path / "two", n=np.array([1, 2]))
     data = Location.of(tmp_path / "two")
     dataset = Dataset.open(data)
     table = tasktable.make(data, "cmml-user", next(s for s in range(9) if _trains(data, s)), {})

@@ -6,12 +6,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import handmade
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tiny
 
 from distmeta.data import tasktable
 from distmeta.data.tasktable import TaskTable
@@ -44,7 +44,7 @@ def pairs(frame: pl.DataFrame) -> set[tuple[int, int]]:
 @pytest.fixture(scope="module")
 def tiny_at(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("tiny") / "data"
-    tiny.make(where)
+    handmade.make(where)
     return where
 
 
@@ -64,7 +64,7 @@ def lowest(purpose: str, ids: list[int], k: int, seed: int = 0) -> set[int]:
 def test_cmml_user_is_what_its_definition_says(tiny_at: Path) -> None:
     """Every task of the table against plain Python, one user at a time."""
     table = tasktable.make(Location.of(tiny_at), "cmml-user", 0, {"max_ratings": 30})
-    users = list(range(tiny.USERS))
+    users = list(range(handmade.USERS))
     new = lowest("cmml-user/test", users, 12)
     train = [u for u in users if u not in new]
     valid = lowest("cmml-user/valid", train, 5)
@@ -124,14 +124,14 @@ def melu_list(tmp_path: Path, ids: list[int]) -> str:
 def test_melu_is_what_its_definition_says(tmp_path: Path, year: str) -> None:
     """States by user list and item year (hash where there is none), 13–100 ratings, 10 query rows, by plain Python."""
     data = tmp_path / "data"
-    tiny.make(data, year=year)
-    cold_users = set(range(0, tiny.USERS, 3))
+    handmade.make(data, year=year)
+    cold_users = set(range(0, handmade.USERS, 3))
     options = {"cold_users": melu_list(tmp_path, [u + 101 for u in cold_users])}
     table = tasktable.make(Location.of(data), "melu", 0, options)
-    cold_items = lowest("melu/items", list(range(tiny.ITEMS)), 10)
+    cold_items = lowest("melu/items", list(range(handmade.ITEMS)), 10)
     if year:
-        cold_items = {i for i in range(tiny.ITEMS) if i != 7 and 1990 + i % 12 >= 1998}
-    warm = [u for u in range(tiny.USERS) if u not in cold_users]
+        cold_items = {i for i in range(handmade.ITEMS) if i != 7 and 1990 + i % 12 >= 1998}
+    warm = [u for u in range(handmade.USERS) if u not in cold_users]
     valid = lowest("melu/valid", warm, 4)
     expected = {}
     for u, log in by_user(data).items():
@@ -169,7 +169,7 @@ def test_melu_never_leaks(small: Location) -> None:
 def test_split_hash_is_a_property_of_the_split(tmp_path: Path, tiny_at: Path, protocol: str) -> None:
     """Pinned; the same in another folder and with other parts; another for another seed. Tables agree row by row."""
     first = tasktable.make(Location.of(tiny_at), protocol, 0, {})
-    tiny.make(tmp_path / "elsewhere", part_rows=100)
+    handmade.make(tmp_path / "elsewhere", part_rows=100)
     assert len(list((tmp_path / "elsewhere/interactions").iterdir())) > 5
     second = tasktable.make(Location.of(tmp_path / "elsewhere"), protocol, 0, {}, shards=3)
     other = tasktable.make(Location.of(tiny_at), protocol, 1, {})
@@ -181,7 +181,7 @@ def test_split_hash_is_a_property_of_the_split(tmp_path: Path, tiny_at: Path, pr
 
 def test_table_is_reused_and_a_changed_dataset_refused(tmp_path: Path) -> None:
     data = tmp_path / "data"
-    tiny.make(data)
+    handmade.make(data)
     made = tasktable.make(Location.of(data), "cmml-user", 0, {})
     part = data / "tasks" / made.location.name / made.files[0]["path"]
     before = part.stat().st_mtime_ns
@@ -197,7 +197,7 @@ def test_table_is_reused_and_a_changed_dataset_refused(tmp_path: Path) -> None:
 
 def test_half_made_table_is_replaced_and_a_failed_making_leaves_none(tmp_path: Path) -> None:
     data = tmp_path / "data"
-    tiny.make(data, part_rows=200)
+    handmade.make(data, part_rows=200)
     made = tasktable.make(Location.of(data), "cmml-user", 0, {})
     folder = Path(made.location.path)
     (folder / "tasks.json").unlink()
@@ -217,12 +217,12 @@ def test_half_made_table_is_replaced_and_a_failed_making_leaves_none(tmp_path: P
 def test_damaged_interactions_are_named(tmp_path: Path) -> None:
     """A user cut in two by parts, an unknown item, or a lost row would make wrong tasks without a word."""
     data = tmp_path / "data"
-    tiny.make(data, part_rows=200)
+    handmade.make(data, part_rows=200)
     first, second = sorted((data / "interactions").iterdir())[:2]
     good = second.read_bytes()
     log, user = pq.read_table(second), pq.read_table(first)["user"].to_numpy()[-1]
     users, items = log["user"].to_numpy().copy(), log["item"].to_numpy().copy()
-    users[0], items[3] = user, tiny.ITEMS
+    users[0], items[3] = user, handmade.ITEMS
     for damaged, says in (
         (log.set_column(0, "user", pa.array(users)), "row 1: user out of order"),
         (log.set_column(1, "item", pa.array(items)), "row 4: unknown item"),
@@ -264,7 +264,7 @@ def test_bad_questions_get_a_sentence(tmp_path: Path, tiny_at: Path) -> None:
         tasktable.make(where, "melu", 0, {"max_ratings": 3})
     with pytest.raises(UserError, match="max_ratings is 1; a task needs 2"):
         tasktable.make(where, "cmml-user", 0, {"max_ratings": 1})
-    tiny.make(tmp_path / "single", n=np.ones(10, int))
+    handmade.make(tmp_path / "single", n=np.ones(10, int))
     with pytest.raises(UserError, match=r"no training tasks \(10 users with fewer than 2 ratings"):
         tasktable.make(Location.of(tmp_path / "single"), "cmml-user", 0, {})
     assert not list((tmp_path / "single").glob("tasks/*/tasks.json"))

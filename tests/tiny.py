@@ -1,4 +1,4 @@
-"""For tests of the trainer: a small planted dataset, and a method so simple that one can see what it must do."""
+"""For tests of the trainer: a method so simple that one can see what it must do."""
 
 import sys
 import types
@@ -12,7 +12,6 @@ from distmeta import config as config_module
 from distmeta.config import Config
 from distmeta.data import protocols, tasktable
 from distmeta.data.schema import Dataset
-from distmeta.data.sources import synthetic
 from distmeta.data.tasktable import TaskTable
 from distmeta.methods import METHODS, Entry
 from distmeta.methods.base import Method
@@ -53,11 +52,11 @@ class Tiny(Method):
             error = (score - block.query.label).square() * block.query.mask
             loss = error.sum(1) / block.query.mask.sum(1).clamp(min=1)
             if self.poison:
-                bad = block.task == self.poison[0]
+                bad = (block.task == self.poison[0]).nonzero().flatten()
                 if self.poison[1] == "loss":
-                    loss = torch.where(bad, loss * torch.inf, loss)
-                else:  # sqrt has no derivative at 0: the loss stays finite, its gradient does not
-                    loss = loss + torch.where(bad, (self.offset * 0).sqrt(), torch.zeros(()))
+                    loss = loss.index_fill(0, bad, torch.inf)
+                elif len(bad):  # sqrt has no derivative at 0: the loss stays finite, its gradient does not
+                    loss = loss.index_add(0, bad, (self.offset * 0).sqrt().expand(1))
             losses.append(loss)
         return torch.cat(losses)
 
@@ -70,11 +69,6 @@ def register(monkeypatch: Any) -> type[Tiny]:
     monkeypatch.setitem(sys.modules, "distmeta.methods.tiny", module)
     monkeypatch.setitem(METHODS, "tiny", Entry("tiny", "Tiny", TinyOptions))
     return fresh
-
-
-def small(place: Location, users: int = 200) -> Dataset:
-    """A planted dataset that trains in no time."""
-    return synthetic.generate(place, users=users, items=80, per_user=(15, 30))
 
 
 def setting(place: Location, method: str, **flags: Any) -> tuple[Config, Dataset, TaskTable]:

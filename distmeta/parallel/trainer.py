@@ -10,9 +10,9 @@ for bit.
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -156,21 +156,22 @@ class _Training:
         """Go on from batch `self.batch` of epoch `self.epoch` to its end."""
         state, every = self.progress, self.options.checkpoint_steps
         self.method.train()
-        batches = iter(self.tasks.epoch(self.epoch, start=self.batch))
         waited = self.tasks.wait_seconds - state.wait
-        while True:
-            with self._timed("input"):
-                batch = next(batches, None)
-                batch = batch.to(self.device) if batch is not None else None
-            state.wait = self.tasks.wait_seconds - waited
-            if batch is None:
-                break
-            self._meta_update(update, batch)
-            self.batch += 1
-            self.step += 1
-            if every and self.step % every == 0 and self.batch < self.tasks.steps:
-                self._save()
-            self.screen.within(self._within)
+        epoch = cast("Generator[TaskBatch]", self.tasks.epoch(self.epoch, start=self.batch))
+        with contextlib.closing(epoch) as batches:
+            while True:
+                with self._timed("input"):
+                    batch = next(batches, None)
+                    batch = batch.to(self.device) if batch is not None else None
+                state.wait = self.tasks.wait_seconds - waited
+                if batch is None:
+                    break
+                self._meta_update(update, batch)
+                self.batch += 1
+                self.step += 1
+                if every and self.step % every == 0 and self.batch < self.tasks.steps:
+                    self._save()
+                self.screen.within(self._within)
         if self.batch != self.tasks.steps:
             raise RunError(
                 f"{self.run}: epoch {self.epoch + 1} gave {self.batch} batches, not {self.tasks.steps};"
@@ -205,8 +206,7 @@ class _Training:
         """Validate, write the epoch's line, tell, checkpoint."""
         state = self.progress
         with self._timed("validation"):
-            batches = self.valid.evaluation()
-            mae, mse = validate(self.method, batches, self.label, self.exchange, self.device)
+            mae, mse = validate(self.method, self.valid.evaluation(), self.label, self.exchange, self.device)
         if self.valid.n_tasks and not math.isfinite(mae):
             raise RunError(f"epoch {self.epoch + 1}: predictions for the validation tasks are not finite; {_DIVERGED}")
         if not self.valid.n_tasks:
@@ -277,7 +277,7 @@ class _Training:
         state = self.progress
         learning = sum(v for k, v in state.phases.items() if k != "validation")
         line = {
-            "epoch": self.epoch,
+            "epoch": self.epoch + 1,
             "step": self.step,
             "seconds": sum(state.phases.values()),
             "tasks_per_s": state.tasks / learning if learning else 0.0,

@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from distmeta.data.schema import Dataset
 from distmeta.errors import UserError
 from distmeta.methods import method_class
 from distmeta.methods.base import Method
-from distmeta.tasks import Bag, TaskBatch
+from distmeta.tasks import Bag, Rows, TaskBatch, TaskBlock
 
 
 class Exchange:
@@ -144,17 +145,20 @@ class MetaUpdate:
         return loss, count
 
     def _culprits(self, batch: TaskBatch) -> list[int]:
-        """Ids of the tasks whose own loss is not finite, or else whose own gradient is not."""
+        """Ids of the tasks whose loss is not finite, or else of those whose gradient is not, each task by itself.
+
+        Of a batch together that could not be told: backward through a task with an infinite derivative makes
+        0 · inf of every other task's gradient.
+        """
         if not len(batch):
             return []
-        losses = self.method.loss(batch)
-        bad = ~losses.detach().isfinite()
+        ids = torch.cat([block.task for block in batch])
+        bad = ~self.method.loss(batch).detach().isfinite()
         if not bad.any():
             params = list(self.params.values())
-            for i, loss in enumerate(losses):
-                grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+            for i, alone in enumerate(_each(batch)):
+                grads = torch.autograd.grad(self.method.loss(alone).sum(), params, allow_unused=True)
                 bad[i] = any(not g.isfinite().all() for g in grads if g is not None)
-        ids = torch.cat([block.task for block in batch])
         return ids[bad].tolist()
 
     def moments(self) -> dict[str, Tensor]:
@@ -173,3 +177,13 @@ class MetaUpdate:
             self.optimizer.state[p] = {
                 key: moments[f"{name}.{key}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")
             }
+
+
+def _each(batch: TaskBatch) -> Iterator[TaskBatch]:
+    """The tasks of a batch one by one, in block order."""
+    for block in batch:
+        for i in range(len(block.task)):
+            row = torch.arange(i, i + 1, device=block.task.device)
+            user = {name: bag.take(row) for name, bag in block.user.items()}
+            sides = [Rows(r.item[row], r.label[row], r.mask[row]) for r in (block.support, block.query)]
+            yield replace(batch, blocks=(TaskBlock(block.task[row], user, *sides),))

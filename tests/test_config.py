@@ -1,0 +1,157 @@
+"""Config: the same object from flags and YAML, and errors that say what to do."""
+
+import dataclasses
+import itertools
+
+import pytest
+
+from distmeta import config as config_module
+from distmeta.config import Config, DataOptions, TrainOptions, load, to_yaml
+from distmeta.errors import UserError
+from distmeta.methods import METHODS, entry
+from distmeta.storage import Location
+
+
+def written(tmp_path, text: str) -> Location:
+    (tmp_path / "c.yaml").write_text(text)
+    return Location.of(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_yaml_round_trip(tmp_path, method):
+    config = load(None, method, {"lr": 3e-5, "data": "väg/data: x", "max_ratings": 50})
+    assert load(written(tmp_path, to_yaml(config)), None, {}) == config
+
+
+def test_no_flag_means_two_things():
+    """Flags are unprefixed, so the sections that meet on one command line must share no name."""
+    for name, e in METHODS.items():
+        sections = {s: {f.name for f in dataclasses.fields(s)} for s in (DataOptions, TrainOptions, e.options)}
+        for a, b in itertools.combinations(sections, 2):
+            assert not sections[a] & sections[b], f"{name}: {a.__name__} and {b.__name__} share a flag"
+        assert not sections[e.options] & {"config", "help", "method"}
+
+
+def test_every_field_explains_itself_and_its_default_is_allowed():
+    for section in {DataOptions, TrainOptions, *(e.options for e in METHODS.values())}:
+        for f in dataclasses.fields(section):
+            assert len(f.metadata["help"]) > 10, f.name
+        assert config_module.build(section, dataclasses.asdict(section()), "defaults") == section()
+
+
+def test_precedence(tmp_path):
+    """Defaults < the method's own < file < flags."""
+    file = written(tmp_path, "method: melu\ntrain: {epochs: 7, lr: 1e-2}\nmethod_options: {steps: 3}\ndata:\n")
+    config = load(file, None, {"epochs": 9})
+    assert (config.train.epochs, config.train.lr, config.method_options.steps) == (9, 0.01, 3)
+    assert config.train.batch_size == {"batch_size": 64, **entry("melu").train}["batch_size"]
+    other = load(file, "metacs", {})
+    assert other.train.epochs == 7
+    assert other.method_options == entry("metacs").options(), "options of another method do not carry over"
+
+
+def test_method_defaults_stand_between(monkeypatch):
+    monkeypatch.setitem(METHODS, "melu", dataclasses.replace(METHODS["melu"], train={"lr": 0.5, "epochs": 3}))
+    config = load(None, "melu", {"epochs": 4})
+    assert (config.train.lr, config.train.epochs) == (0.5, 4)
+
+
+def test_base_stands_in_for_defaults():
+    base = load(None, "melu", {"lr": 0.25, "steps": 2})
+    assert load(None, None, {"epochs": 1}, base) == dataclasses.replace(
+        base, train=dataclasses.replace(base.train, epochs=1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train: {learning_rate: 1}", ["section train", "learning_rate", "known: run"]),
+        ("train: {batchsize: 1}", ["batchsize", "did you mean batch_size?"]),
+        ("trian: {lr: 1}", ["trian", "did you mean train?"]),
+        ("method: meluu", ["meluu", "did you mean melu?"]),
+        ("method_options: {embeding: 3}", ["method_options", "did you mean embedding?"]),
+        ("train: {lr: fast}", ["lr must be a number", "'fast'"]),
+        ("train: {lr: .nan}", ["lr must be a finite number"]),
+        ("train: {lr: 0}", ["lr must be greater than 0"]),
+        ("train: {epochs: 2.5}", ["epochs must be a whole number"]),
+        ("train: {epochs: true}", ["epochs must be a whole number"]),
+        ("train: {batch_size: 0}", ["batch_size must be at least 1"]),
+        ("train: {lr_decay: 2}", ["lr_decay must be at most 1"]),
+        ("train: {resume: 'yes'}", ["resume must be true or false"]),
+        ("train: {run: 12}", ["run must be text"]),
+        ("train: [1, 2]", ["section train", "key: value"]),
+        ("data: {protocol: mell}", ["protocol", "did you mean melu?"]),
+        ("method_options: {hidden: 8}", ["hidden must be a list"]),
+        ("method_options: {hidden: [8, x]}", ["hidden must be a whole number", "'x'"]),
+        ("- a\n- b", ["must hold the sections"]),
+        ("train: {lr: 1\nx", ["line 2", "not readable as YAML"]),
+        ("train: !!python/object/apply:os.system ['exit 9']", ["not readable as YAML"]),
+        ("\xff".encode("latin-1"), ["not readable as YAML"]),
+        ("", ["must hold the sections"]),
+    ],
+)
+def test_bad_yaml_is_one_sentence_that_names_the_file(tmp_path, text, words):
+    (tmp_path / "c.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as e:
+        load(Location.of(tmp_path / "c.yaml"), None, {})
+    message = str(e.value)
+    assert "\n" not in message
+    assert [w for w in words if w not in message] == [], message
+    if "unknown method" not in message:
+        assert "c.yaml" in message
+
+
+def test_missing_file():
+    with pytest.raises(UserError, match=r"nowhere\.yaml: no such config file"):
+        load(Location.of("nowhere.yaml"), None, {})
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [({"epochs": 0}, "--epochs must be at least 1"), ({"lr": float("inf")}, "--lr must be a finite number")],
+)
+def test_bad_flag_is_named_as_a_flag(tmp_path, flags, words):
+    file = written(tmp_path, "train: {epochs: 3}")
+    with pytest.raises(UserError, match=f"command line: {words}"):
+        load(file, None, flags)
+
+
+@dataclasses.dataclass(frozen=True)
+class Maybe:
+    width: float | None = config_module.option(None, "A width; none means by the data.", above=0)
+
+
+def test_optional_fields():
+    assert config_module.build(Maybe, {"width": None}, "x").width is None
+    assert config_module.build(Maybe, {"width": 2}, "x").width == 2.0
+    with pytest.raises(UserError, match="x: width must be a number, not 'wide'"):
+        config_module.build(Maybe, {"width": "wide"}, "x")
+
+
+def change(config: Config, section: str, **values) -> Config:
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+
+
+def test_fingerprint_covers_what_decides_the_parameters():
+    config = load(None, "melu", {})
+    same = [
+        change(config, "train", run="x", resume=True, epochs=99, patience=0, threads=3, workers=2, checkpoint_steps=4),
+        change(config, "data", data="elsewhere"),
+    ]
+    other = [
+        change(config, "train", lr=0.5),
+        change(config, "train", seed=1),
+        change(config, "train", batch_size=3),
+        change(config, "data", split_seed=1),
+        change(config, "method_options", steps=2),
+        load(None, "metacs", {}),
+    ]
+    prints = [config_module.fingerprint(c) for c in [config, *other]]
+    assert len(set(prints)) == len(prints)
+    assert {config_module.fingerprint(c) for c in same} == {prints[0]}
+
+
+def test_epochs_are_fixed_where_the_step_size_depends_on_them():
+    decaying = load(None, "melu", {"lr_decay": 0.1})
+    assert config_module.fingerprint(decaying) != config_module.fingerprint(change(decaying, "train", epochs=99))

@@ -162,7 +162,4 @@ class Decision(nn.Module):
     def forward(self, tape: Tape, *inputs: Node) -> Node:
         """Predictions [b, R, 1] of the rows whose features are `inputs` side by side."""
         first, *others = self
-        node = tape.linear(first, *inputs)
-        for layer in others:
-            node = tape.linear(layer, tape.relu(node))
-        return node
+        return tape.chain(others, tape.linear(first, *inputs))

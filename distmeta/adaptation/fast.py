@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from distmeta.adaptation import chain
 from distmeta.adaptation.features import Features, PerTask
 from distmeta.adaptation.maps import Linear, Map, Table
 from distmeta.adaptation.overlap import overlap
@@ -22,8 +23,8 @@ from distmeta.adaptation.products import inner, outer
 from distmeta.tasks import Bag
 
 
-Rate = Tensor | float
-"""Step size of a map: a number, or a tensor that broadcasts against [b, R, S]: scalar or [b, 1, 1]."""
+Rate = Tensor
+"""Step size of a map, of a shape that broadcasts against [b, R, S]: scalar or [b, 1, 1]."""
 
 
 @dataclass
@@ -36,18 +37,22 @@ class Pair:
     grams: dict[tuple[int, bool], tuple[Features, Tensor]] = field(default_factory=dict)
 
     def gram(self, x: Features) -> Tensor:
-        """α (x x_sᵀ + 1) [b, R, S]; the +1 is the bias. Kept, because the first layer's inputs return at every step."""
+        """−α (x x_sᵀ + 1) [b, R, S]; the +1 is the bias. Kept, because the first layer's inputs return at every step."""
         key = (id(x), torch.is_grad_enabled())
         if key not in self.grams:
             self.grams[key] = (
                 x,
-                (x.gram(self.x) + 1) * self.rate,
+                (x.gram(self.x) + 1) * -self.rate,
             )  # x is held, so its id is not given to another
         return self.grams[key][1]
 
 
 class FastLinear(Protocol):
     """An adapted dense layer of b tasks."""
+
+    def state(self) -> chain.State:
+        """The form and its tensors, for a chain of layers."""
+        ...
 
     def forward(self, x: Features) -> Tensor:
         """x W' + b' [b, R, h]."""
@@ -74,11 +79,16 @@ class Dual:
         self.layer = layer
         self.pairs = pairs
 
+    def state(self) -> chain.State:
+        xs, deltas = [pair.x.dense() for pair in self.pairs], [pair.delta for pair in self.pairs]
+        x, delta = (xs[0], deltas[0]) if len(xs) == 1 else (torch.cat(xs, 1), torch.cat(deltas, 1))
+        return chain.Pairs, (self.layer.weight, self.layer.bias, x, delta, self.pairs[0].rate)
+
     def forward(self, x: Features) -> Tensor:
         z = x.times(self.layer.weight, self.layer.bias)
         for pair in self.pairs:
             gram = pair.gram(x)
-            z = torch.baddbmm(z.expand(-1, gram.shape[1], -1), gram, pair.delta, alpha=-1)
+            z = torch.baddbmm(z.expand(-1, gram.shape[1], -1), gram, pair.delta)
         return z
 
     def input_delta(self, delta: Tensor, x: Features, part: int) -> Tensor:
@@ -110,6 +120,9 @@ class Private:
     @classmethod
     def of(cls, layer: Linear, tasks: int) -> "Private":
         return cls(layer.weight.expand(tasks, -1, -1), layer.bias.expand(tasks, 1, -1))
+
+    def state(self) -> chain.State:
+        return chain.Private, (self.weight, self.bias)
 
     def forward(self, x: Features) -> Tensor:
         rows = x.dense()
@@ -150,9 +163,7 @@ class FastTable:
     def add(self, bag: Bag, delta: Tensor) -> "FastTable":
         for i, (other, old) in enumerate(self.pairs):
             if other is bag:
-                return FastTable(
-                    self.table, self.rate, (*self.pairs[:i], (bag, old + delta), *self.pairs[i + 1 :])
-                )
+                return FastTable(self.table, self.rate, (*self.pairs[:i], (bag, old + delta), *self.pairs[i + 1 :]))
         return FastTable(self.table, self.rate, (*self.pairs, (bag, delta)))
 
 
@@ -169,13 +180,22 @@ class FastWeights:
         private: chooses the form of a dense layer when it takes its first step.
     """
 
-    def __init__(self, rates: Mapping[Map, Rate], private: Form) -> None:
-        self.rates = rates
+    def __init__(self, rates: Mapping[Map, Tensor | float], private: Form) -> None:
+        # a number in float64: without dimensions it takes the dtype of what it multiplies, and loses no digit
+        self.rates = {
+            m: torch.as_tensor(r, dtype=None if isinstance(r, Tensor) else torch.float64) for m, r in rates.items()
+        }
         self.private = private
         self.linear: dict[Linear, FastLinear] = {}
         self.tables: dict[Table, FastTable] = {}
         self.overlaps: dict[tuple[int, int], tuple[Bag, Bag, Tensor]] = {}
         self.inputs: dict[tuple[int, ...], Features] = {}
+
+    def state(self, layer: Linear) -> chain.State:
+        """What `layer` is now, for a chain of layers."""
+        if layer in self.linear:
+            return self.linear[layer].state()
+        return chain.Shared, (layer.weight, layer.bias)
 
     def step(self, records: Mapping[Map, list[tuple[Features | Bag, Tensor]]]) -> None:
         """One inner step of every adapted map, from (input, δ) of all its places of use.

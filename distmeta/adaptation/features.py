@@ -96,13 +96,25 @@ class Features:
         self.fixed = fixed
         """Whether the rows stay what they are while the task adapts."""
         self.starts = [sum(p.width for p in parts[:i]) for i in range(len(parts))]
+        self._products: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
 
     def slices(self, weight: Tensor) -> list[Tensor]:
         """The rows of weight [..., d, h] that belong to each part."""
         return list(weight.split([p.width for p in self.parts], dim=-2))
 
     def times(self, weight: Tensor, bias: Tensor) -> Tensor:
-        """x @ weight + bias [b, R, h] for a shared weight [d, h]; [b, 1, h] where every part is per task."""
+        """x @ weight + bias [b, R, h] for a shared weight [d, h]; [b, 1, h] where every part is per task.
+
+        Kept where the rows stand still: every step starts from it. Not to be overwritten.
+        """
+        if not self.fixed:
+            return self._times(weight, bias)
+        key = (id(weight), torch.is_grad_enabled())
+        if key not in self._products:
+            self._products[key] = (weight, self._times(weight, bias))  # weight is held, so its id stays its own
+        return self._products[key][1]
+
+    def _times(self, weight: Tensor, bias: Tensor) -> Tensor:
         if len(self.parts) == 1 and isinstance(self.parts[0], Dense):
             return F.linear(self.parts[0].x, weight.t(), bias)  # one pass over z instead of two
         slices = zip(self.parts, self.slices(weight), self.starts, strict=True)

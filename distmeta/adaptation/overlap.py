@@ -40,11 +40,7 @@ def overlap(rows: Bag, others: Bag, size: int, dtype: torch.dtype) -> Tensor:
 
 
 def _weights(bag: Bag, dtype: torch.dtype) -> Tensor:
-    return (
-        torch.ones(bag.index.shape, dtype=dtype, device=bag.index.device)
-        if bag.weight is None
-        else bag.weight
-    )
+    return torch.ones(bag.index.shape, dtype=dtype, device=bag.index.device) if bag.weight is None else bag.weight
 
 
 def _dense(bag: Bag, size: int, dtype: torch.dtype) -> Tensor:

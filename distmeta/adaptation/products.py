@@ -47,7 +47,7 @@ class _ReluDelta(torch.autograd.Function):
     def forward(ctx: Any, delta: Tensor, y: Tensor, slope: float) -> Tensor:
         ctx.save_for_backward(y)
         ctx.slope = slope
-        return _through(delta, y, slope)
+        return through(delta, y, slope)
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None, None]:
@@ -55,10 +55,15 @@ class _ReluDelta(torch.autograd.Function):
         return relu_delta(grad[0], y, ctx.slope), None, None
 
 
-def _through(delta: Tensor, y: Tensor, slope: float) -> Tensor:
+def through(delta: Tensor, y: Tensor, slope: float, out: Tensor | None = None) -> Tensor:
+    """δ through a (leaky) ReLU with output y, without a graph; written to `out` (which may be δ) where given."""
     if slope:
-        return torch.ops.aten.leaky_relu_backward(delta, y, slope, False)
-    return torch.ops.aten.threshold_backward(delta, y, 0)
+        if out is None:
+            return torch.ops.aten.leaky_relu_backward(delta, y, slope, False)
+        return torch.ops.aten.leaky_relu_backward(delta, y, slope, False, grad_input=out)
+    if out is None:
+        return torch.ops.aten.threshold_backward(delta, y, 0)
+    return torch.ops.aten.threshold_backward(delta, y, 0, grad_input=out)
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:

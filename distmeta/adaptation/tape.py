@@ -7,12 +7,13 @@ no graph of a graph (adaptation.md: "δ of an MLP can be written out in forward 
 Shape letters: b tasks, R rows (1 for a value that is the same in all rows of a task), U unique items, F fields.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from distmeta.adaptation import chain
 from distmeta.adaptation.fast import FastWeights, base_input_delta
 from distmeta.adaptation.features import Dense, Features, Part, PerTask
 from distmeta.adaptation.maps import Linear, Map, Table
@@ -61,9 +62,7 @@ class Tape:
         """Embeddings of all fields of `place` side by side, as adapted so far."""
         fast, part = self.fast, place.base()
         corrections = [
-            self.fast.tables[t].correction(place.bag(name), self.fast.overlaps)
-            if t in self.fast.tables
-            else None
+            self.fast.tables[t].correction(place.bag(name), self.fast.overlaps) if t in self.fast.tables else None
             for name, t in tables.items()
         ]
         if any(c is not None for c in corrections):
@@ -105,11 +104,7 @@ class Tape:
             for i, n in enumerate(inputs):
                 if n.needs:
                     # a per-task input feeds every row: its δ is the sum over rows, taken before the product
-                    d = (
-                        delta.sum(1, keepdim=True)
-                        if isinstance(n.part, PerTask) and delta.shape[1] != 1
-                        else delta
-                    )
+                    d = delta.sum(1, keepdim=True) if isinstance(n.part, PerTask) and delta.shape[1] != 1 else delta
                     n.receive(fast.input_delta(d, x, i) if fast else base_input_delta(layer.weight, d, x, i))
 
         self._reverse.append(reverse)
@@ -128,6 +123,32 @@ class Tape:
         self._reverse.append(reverse)
         return node
 
+    def chain(self, layers: Sequence[Linear], x: Node, slope: float = 0.0) -> Node:
+        """(Leaky) ReLU and dense layer in turn, for each of `layers`: the same as `relu` and `linear` of each, in
+        fewer and larger pieces (chain.py)."""
+        if not layers:
+            return x
+        kind = PerTask if isinstance(x.part, PerTask) else Dense
+        states = [self.fast.state(layer) for layer in layers]
+        z, inputs = chain.forward(states, x.part.rows(), slope)
+        adapted = [layer in self.fast.rates for layer in layers]
+        node = Node(kind(z), x.needs or any(adapted))
+
+        def reverse(records: Records) -> None:
+            if not node.needs or node.delta is None:
+                return
+            lowest = 0 if x.needs else adapted.index(True) + 1  # below it nothing adapts
+            below = chain.deltas(states[lowest:], inputs[lowest:], node.delta, slope)
+            deltas = [*(None,) * lowest, *below, node.delta]
+            for i, (layer, row) in enumerate(zip(layers, inputs, strict=True)):
+                if adapted[i]:
+                    records.setdefault(layer, []).append((Features(kind(row)), deltas[i + 1]))
+            if x.needs:
+                x.receive(deltas[0])
+
+        self._reverse.append(reverse)
+        return node
+
     def backward(self, out: Node, delta: Tensor) -> Records:
         """(input, δ) of every place of use of every adapted map, given ∂L/∂out [b, R, 1]; each L is one task's loss."""
         out.receive(delta)
@@ -140,7 +161,5 @@ class Tape:
         # the same parts are the same Features in every pass: Gram matrices of inputs that do not move are kept by it
         key = tuple(id(n.part) for n in inputs)
         if key not in self.fast.inputs:
-            self.fast.inputs[key] = Features(
-                *(n.part for n in inputs), fixed=not any(n.needs for n in inputs)
-            )
+            self.fast.inputs[key] = Features(*(n.part for n in inputs), fixed=not any(n.needs for n in inputs))
         return self.fast.inputs[key]

@@ -26,6 +26,8 @@ WHOLE = (32, 256)
 CHECKED = 5
 """Tasks of the float64 comparison."""
 LR = 0.01
+TURN = 0.03
+"""Seconds."""
 
 
 def main(argv: Sequence[str]) -> list[dict[str, Any]]:
@@ -34,7 +36,7 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
     Raises:
         UserError: usage. RunError: two variants disagree about a meta-gradient.
     """
-    parser = Parser(prog="distmeta benchmark adaptation", description=__doc__.split("\n")[0])
+    parser = Parser(prog="distmeta benchmark adaptation", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer cases and repeats; under a minute")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads [1]")
     parser.add_argument("--repeats", type=int, metavar="N", help="turns of each variant [11; 5 with --quick]")
@@ -89,15 +91,23 @@ def whole(model: str, tasks: int, steps: int, repeats: int) -> list[dict[str, An
 
 
 def measure(variants: Variants, tasks: int, repeats: int, case: dict[str, Any]) -> list[dict[str, Any]]:
-    """Tasks a second of each variant: the median of `repeats` turns after one to warm up."""
+    """Tasks a second of each variant: the median of `repeats` turns after one to warm up.
+
+    A turn calls the variant once untimed, so that none pays for what the one before it left in the caches, and then
+    for at least TURN seconds.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(repeats + 1):
         for name, variant in variants.items():
             if name == "loop" and turn > max(3, repeats // 3):
                 continue  # tens of times slower, and as steady
-            began = time.perf_counter()
-            variant()
-            seconds[name].append(time.perf_counter() - began)
+            if name != "loop":
+                variant()
+            calls, began = 0, time.perf_counter()
+            while not calls or time.perf_counter() - began < TURN:
+                variant()
+                calls += 1
+            seconds[name].append((time.perf_counter() - began) / calls)
     rates = {name: tasks / statistics.median(taken[1:]) for name, taken in seconds.items()}
     return [
         {

@@ -68,6 +68,8 @@ def intervals(task: NDArray[np.int64], differences: NDArray[np.float64]) -> list
     Rows with the same task id (a user who is tested in several splits) are one unit of the bootstrap.
     """
     result: list[Interval] = [[None, None, None] for _ in range(differences.shape[1])]
+    if not differences.size:
+        return result
     valid = ~np.isnan(differences)
     patterns, column_pattern = np.unique(valid, axis=1, return_inverse=True)  # mostly one: no NaN anywhere
     for p in range(patterns.shape[1]):

@@ -33,7 +33,8 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             known = [s for a in self._actions for s in a.option_strings]
             word = next((u for u in unknown if u.startswith("-")), unknown[0]).split("=")[0]
-            self.error(f"unknown argument {word}{config.nearest(word, known)}")
+            kind = "unknown argument" if word.startswith("-") else "unexpected word"
+            self.error(f"{kind} {word}{config.nearest(word, known)}")
         return values
 
 

@@ -201,9 +201,10 @@ def test_stopped_anywhere_and_gone_on_with_ends_the_same(tmp_path, small, monkey
             raise Stop
         return apply(self, batch, step)
 
-    with monkeypatch.context() as m, pytest.raises(Stop):
+    with monkeypatch.context() as m:
         m.setattr(MetaUpdate, "apply", stopping)
-        run_of(tmp_path / "parts", small, method, **flags)
+        with pytest.raises(Stop):
+            run_of(tmp_path / "parts", small, method, **flags)
     outcome = run_of(tmp_path / "parts", small, method, **flags)
     assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
@@ -217,9 +218,10 @@ def test_a_line_written_before_its_checkpoint_is_not_doubled(tmp_path, small, mo
         raise Stop
 
     run_of(tmp_path / "parts", small, "melu", epochs=1)
-    with monkeypatch.context() as m, pytest.raises(Stop):
+    with monkeypatch.context() as m:
         m.setattr(checkpoint, "save", killed)
-        run_of(tmp_path / "parts", small, "melu", epochs=2)
+        with pytest.raises(Stop):
+            run_of(tmp_path / "parts", small, "melu", epochs=2)
     assert len(lines(tmp_path / "parts")) == 2
     run_of(tmp_path / "parts", small, "melu", epochs=2)
     run_of(tmp_path / "whole", small, "melu", epochs=2)
@@ -243,7 +245,7 @@ def test_not_finite_names_epoch_step_and_task(tmp_path, small, monkeypatch, what
     fresh = tiny.register(monkeypatch)
     run_of(tmp_path / "run", small, "tiny", epochs=1)
     before = digests(tmp_path / "run")
-    config, dataset, table = tiny.setting(small, "tiny")
+    _, dataset, table = tiny.setting(small, "tiny")
     poisoned = int(trainer.Loader(table, dataset, "train", 16).tasks()["task"][5])
     fresh.poison = (poisoned, what)
     with pytest.raises(RunError) as e:

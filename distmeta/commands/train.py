@@ -9,7 +9,7 @@ from distmeta import config as config_module
 from distmeta.cli import Parser
 from distmeta.config import Config, DataOptions, TrainOptions, add_flags
 from distmeta.errors import UserError
-from distmeta.methods import METHODS, entry
+from distmeta.methods import FLOORS, METHODS, entry
 from distmeta.parallel import rundir
 from distmeta.storage import Location
 
@@ -51,6 +51,10 @@ def main(argv: Sequence[str]) -> int:
         rundir.check_new(run)
     place = Location.of(config.data.data) if config.data.data else _small()
     dataset = Dataset.open(place)
+    if dataset.label.kind not in FLOORS:
+        raise UserError(
+            f"{place}: its labels are of kind {dataset.label.kind}; the methods here learn {' '.join(FLOORS)} labels"
+        )
     run = run or rundir.default(config.method, dataset.name)
     table = tasktable.make(place, config.data.protocol, config.data.split_seed, protocols.protocol_options(config.data))
     config = _settled(config, run, place)

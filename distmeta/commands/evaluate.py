@@ -1,0 +1,102 @@
+"""`evaluate`: the best checkpoint of a run on tasks it has not seen, beside the floors; evaluation.json and report."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from distmeta import config as config_module
+from distmeta.cli import Parser
+from distmeta.config import Config
+from distmeta.data import protocols, tasktable
+from distmeta.data.schema import Dataset
+from distmeta.data.tasktable import TaskTable
+from distmeta.errors import UserError
+from distmeta.methods import FLOORS
+from distmeta.parallel import rundir
+from distmeta.storage import Location
+
+_SHOWN = ("mae", "mse", "rmse", "ndcg@1", "ndcg@3")
+"""Metrics of the table on the terminal; evaluation.json has more."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `evaluate`; 0 when evaluation.json and the report are there.
+
+    Raises:
+        UserError: usage, no run, no checkpoint, other data than it was trained on. RunError: predictions not finite.
+    """
+    parser = Parser(
+        prog="evaluate",
+        description="Evaluate the best checkpoint of a run on the tasks of its test split, and write\n"
+        "RUN/evaluation.json and RUN/report.html.",
+        epilog="example: python -m jobs.evaluate --run runs/first",
+    )
+    parser.add_argument("--run", required=True, metavar="RUN", help="run directory or URI, made by `train`")
+    parser.add_argument("--data", metavar="DATASET", help="where the run's dataset lies now, if it was moved")
+    args = parser.parse(argv)
+    run = Location.of(args.run)
+    config = rundir.stored(run)
+    place = Location.of(args.data or config.data.data)
+    dataset = Dataset.open(place)
+    table = tasktable.make(place, config.data.protocol, config.data.split_seed, protocols.protocol_options(config.data))
+    evaluate(config, run, place, dataset, table)
+    return 0
+
+
+def evaluate(config: Config, run: Location, place: Location, dataset: Dataset, table: TaskTable) -> None:
+    """Write RUN/evaluation.json and RUN/report.html from the run's best checkpoint, and print a table.
+
+    Args:
+        place: where `dataset` lies. table: its tasks, as the run was trained on.
+
+    Raises:
+        UserError: there is no checkpoint, it is damaged, or of another split. RunError: a prediction is not finite.
+    """
+    from distmeta.data.loader import read_items
+    from distmeta.evaluation import evaluate as evaluation
+    from distmeta.evaluation import report
+    from distmeta.parallel import checkpoint
+    from distmeta.parallel.update import build_method, device_of, numerics
+    from distmeta.parallel.validation import read_metrics
+
+    newest = checkpoint.newest(run)
+    if newest is None:
+        raise UserError(f"{run}: has no complete checkpoint; train on with `train --run {run} --resume`")
+    best = checkpoint.read(run, newest.progress["best_step"] or newest.step)
+    checkpoint.check_origin(run, best, config, table.split_hash)
+    device = device_of(config.train)
+    with numerics(config.train.threads, device):
+        method = build_method(config, dataset, read_items(place, dataset), device)
+        checkpoint.restore_params(run, best, method, config.method)
+        errors = evaluation.ErrorHistogram.of(dataset.label)
+        frame = evaluation.evaluate(method, table, dataset, errors)
+        floors = evaluation.floors(table, dataset, place, FLOORS[dataset.label.kind])
+    found = evaluation.assemble(config.method, table.protocol, table.split_hash, config.train.seed, frame, floors)
+    (run / "evaluation.json").write_json(found)
+    report.write(run, found, read_metrics(run), config_module.to_yaml(config), dataset, errors)
+    print(f"\nbest checkpoint: step {best.step}")
+    print(terminal_table(found))
+    print(f"\nreport   {run / 'report.html'}")
+
+
+def terminal_table(found: Mapping[str, Any]) -> str:
+    """The metrics of cohort `all` of the method and the floors, and the paired differences in MAE by cohort."""
+    everyone = found["cohorts"]["all"]
+    names = [m for m in _SHOWN if everyone.get(m) is not None]
+    rows = [["", *names], [found["method"], *(f"{everyone[m]:.4f}" for m in names)]]
+    for floor, cohorts in found["floors"].items():
+        rows.append([floor, *("–" if cohorts["all"].get(m) is None else f"{cohorts['all'][m]:.4f}" for m in names)])
+    lines = [f"{everyone['n_tasks']:,} unseen tasks", *_aligned(rows)]
+    against = list(found["paired"])
+    rows = [["MAE minus that of", *against]]
+    for cohort in found["cohorts"]:
+        intervals = [found["paired"][floor].get(cohort, {}).get("mae") for floor in against]
+        rows.append([cohort, *("–" if not i else f"{i[0]:+.4f} [{i[1]:+.4f}, {i[2]:+.4f}]" for i in intervals)])
+    return "\n".join([*lines, "", *_aligned(rows)])
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
+        for row in rows
+    ]

@@ -7,8 +7,6 @@ Defaults < the method's own defaults < `--config FILE` < flags. An unknown key i
 import argparse
 import dataclasses
 import difflib
-import hashlib
-import json
 import math
 import types
 import typing
@@ -63,6 +61,10 @@ class DataOptions:
         100,
         "cmml-user: keep a user's first N ratings by time (CMML's text says 50, its appendix 100).",
         least=1,
+    )
+    clip_training: bool = option(
+        False,
+        "cmml-user: clip the training users to --max-ratings too, as CMML's code does, instead of their episodes.",
     )
     cold_users: str = option(
         "", "melu: text file of the cold users' raw ids, one a line. Default: 20 % of the users by hash."
@@ -289,14 +291,9 @@ def fixed(config: Config) -> dict[str, Any]:
     and how often to checkpoint. --epochs is free only where the step size does not depend on it
     (--lr-decay 1).
     """
-    values = {"method": config.method}
+    values: dict[str, Any] = {"method": config.method}
     for section, keys in plain(config).items():
         if section != "method":
             values |= {f"{section}.{k}": v for k, v in keys.items()}
     free = FREE if config.train.lr_decay == 1.0 else FREE - {"train.epochs"}
     return {k: v for k, v in values.items() if k not in free}
-
-
-def fingerprint(config: Config) -> str:
-    """sha256 over `fixed`; a checkpoint carries it."""
-    return hashlib.sha256(json.dumps(fixed(config), sort_keys=True).encode()).hexdigest()

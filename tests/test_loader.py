@@ -72,18 +72,24 @@ def stored(table: TaskTable, split: str) -> dict[int, dict[str, Any]]:
     return {r["task"]: r for t in table.read(split) for r in t.to_pylist()}
 
 
-def drawn(row: dict[str, Any], seed: int, epoch: int) -> Any:
-    """The definition: the min(10, n // 2) rows with the lowest keys are query; both sides in time order."""
-    n = len(row["item"])
+def drawn(row: dict[str, Any], seed: int, epoch: int, most: int) -> Any:
+    """The definition: an episode has the `most` rows with the lowest keys; of its n rows the min(10, n // 2) with the
+    lowest keys are query; both sides in time order."""
+    keys = [int(hashed(seed, epoch, row["task"], r, purpose="episode")) for r in range(len(row["item"]))]
+    kept = sorted(sorted(range(len(keys)), key=keys.__getitem__)[:most])
+    n = len(kept)
     keys = [int(hashed(seed, epoch, row["task"], r, purpose="query")) for r in range(n)]
     query = set(sorted(range(n), key=keys.__getitem__)[: min(10, n // 2)])
-    rows = list(zip(row["item"], row["label"], strict=True))
+    rows = [(row["item"][r], row["label"][r]) for r in kept]
     return [rows[r] for r in range(n) if r not in query], [rows[r] for r in sorted(query)]
 
 
-def test_training_batches_are_what_the_definition_says(table: TaskTable, dataset: Dataset) -> None:
-    """Every batch of two epochs in plain Python: order, query draw, padding, masks, labels."""
+@pytest.mark.parametrize("most", [100, 13])
+def test_training_batches_are_what_the_definition_says(data: Location, dataset: Dataset, most: int) -> None:
+    """Every batch of two epochs in plain Python: order, episode and query draw, padding, masks, labels."""
+    table = tasktable.make(data, "cmml-user", 0, {"max_ratings": most})
     rows = stored(table, "train")
+    assert any(len(r["item"]) > 2 * 13 for r in rows.values())
     shards = [t["task"].to_pylist() for t in table.read("train", range(table.shards))]
     loader = Loader(table, dataset, "train", 7, seed=3)
     for epoch in (0, 1):
@@ -93,7 +99,7 @@ def test_training_batches_are_what_the_definition_says(table: TaskTable, dataset
         assert len(batches) == loader.steps
         for b, batch in enumerate(batches):
             assert (batch.seed, batch.epoch) == (3, epoch)
-            expected = {t: drawn(rows[t], 3, epoch) for t in dealt[7 * b : 7 * b + 7]}
+            expected = {t: drawn(rows[t], 3, epoch, most) for t in dealt[7 * b : 7 * b + 7]}
             assert unpacked(batch) == expected
             assert len(batch) == len(expected)
 

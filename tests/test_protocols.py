@@ -61,9 +61,11 @@ def lowest(purpose: str, ids: list[int], k: int, seed: int = 0) -> set[int]:
     return set(sorted(ids, key=lambda u: int(hashed(seed, u, purpose=purpose)))[:k])
 
 
-def test_cmml_user_is_what_its_definition_says(tiny_at: Path) -> None:
+@pytest.mark.parametrize("clip", [False, True])
+def test_cmml_user_is_what_its_definition_says(tiny_at: Path, clip: bool) -> None:
     """Every task of the table against plain Python, one user at a time."""
-    table = tasktable.make(Location.of(tiny_at), "cmml-user", 0, {"max_ratings": 30})
+    table = tasktable.make(Location.of(tiny_at), "cmml-user", 0, {"max_ratings": 30, "clip_training": clip})
+    assert table.episode_rows == 30
     users = list(range(handmade.USERS))
     new = lowest("cmml-user/test", users, 12)
     train = [u for u in users if u not in new]
@@ -71,6 +73,7 @@ def test_cmml_user_is_what_its_definition_says(tiny_at: Path) -> None:
     held_out = lowest("cmml-user/held-out", [u for u in train if u not in valid], 12)
     expected: dict[int, tuple[str, str, list[tuple[int, int]]]] = {}
     for u, log in by_user(tiny_at).items():
+        later = [] if clip else [(item, 2) for item, _, _ in log[30:]]
         log = log[:30]
         q = 10 if len(log) >= 20 else len(log) // 2
         order = sorted(range(len(log)), key=lambda r: int(hashed(0, u, r, purpose="cmml-user/query")))
@@ -80,7 +83,7 @@ def test_cmml_user_is_what_its_definition_says(tiny_at: Path) -> None:
         if u in new or u in valid:
             expected[8 * u] = ("test" if u in new else "valid", "C-W", fixed)
             continue
-        left = [(item, 2) for item, role in fixed if not (u in held_out and role == 1)]
+        left = [(item, 2) for item, role in fixed if not (u in held_out and role == 1)] + later
         if len(left) >= 2:
             expected[8 * u] = ("train", "train", left)
         if u in held_out:

@@ -118,4 +118,4 @@ def _synthetic(where: Location, users: int, per_user: int) -> tuple[Any, Dataset
         files.append({"split": "train", "shard": s, "path": path, "rows": len(mine), "bytes": 0})
     origin = {"user_fields": [{"name": f.name} for f in _FIELDS]}
     counts = {"train": {"tasks": users, "rows": users * per_user}}
-    return TaskTable(where, "benchmark", 1, {}, 0, SHARDS, QUERY_ROWS, counts, {}, {}, "", origin, files), dataset
+    return TaskTable(where, "benchmark", 1, {}, 0, SHARDS, QUERY_ROWS, 0, counts, {}, {}, "", origin, files), dataset

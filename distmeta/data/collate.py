@@ -58,8 +58,8 @@ class Tasks:
     label: NDArray[np.float32]
     role: NDArray[np.int8]
     """[rows] each."""
-    query_rows: Ints
-    """[T]: query rows of each task, drawn or stored."""
+    stored_query: Ints
+    """[T]: rows whose stored role is query."""
     drawn: NDArray[np.bool_]
     """[T]: the query is drawn by the loader."""
     user: dict[str, Encoded]
@@ -69,7 +69,7 @@ class Tasks:
         return len(self.task)
 
     @classmethod
-    def of(cls, table: pa.Table, dataset: Dataset, query_rows: int, where: object) -> "Tasks":
+    def of(cls, table: pa.Table, dataset: Dataset, where: object) -> "Tasks":
         """From rows of a task table.
 
         Raises:
@@ -90,31 +90,34 @@ class Tasks:
         mixed = (open_rows != 0) & (open_rows != count)
         if mixed.any() or (len(role) and not 0 <= role.min() <= role.max() <= DRAWN):
             raise UserError(f"{where}: a task's roles are neither 0 and 1 nor 2 throughout; {again}")
-        query = np.where(drawn, np.minimum(query_rows, count // 2), stored)
         fields = encode_all(dataset.user_fields, table, where)
-        return cls(table["task"].to_numpy(), offsets, item, label, role, query, drawn, fields)
+        return cls(table["task"].to_numpy(), offsets, item, label, role, stored, drawn, fields)
 
 
 class Collator:
     """Makes TaskBatches of `tasks`. Holds scratch memory: one thread at a time."""
 
-    def __init__(self, tasks: Tasks, items: int, query_rows: int, seed: int, redraw: bool) -> None:
+    def __init__(self, tasks: Tasks, items: int, query_rows: int, episode_rows: int, seed: int, redraw: bool) -> None:
         self.tasks, self.seed, self.redraw = tasks, seed, redraw
-        self.query_rows = query_rows
+        self.query_rows, self.episode_rows = query_rows, episode_rows
+        self._rows = np.diff(tasks.offsets)
+        bounded = np.minimum(self._rows, episode_rows) if episode_rows else self._rows
+        self._count = np.where(tasks.drawn, bounded, self._rows)
+        """[T]: rows of each task's episode."""
+        self._query_count = np.where(tasks.drawn, np.minimum(query_rows, self._count // 2), tasks.stored_query)
+        """[T]: query rows of it."""
         self._last = np.empty(items, np.int32)
 
     def batch(self, chosen: Ints, epoch: int) -> TaskBatch:
         """The tasks at positions `chosen`, in blocks; `epoch` decides a drawn query unless redraw is off."""
         t = self.tasks
-        count = t.offsets[chosen + 1] - t.offsets[chosen]
-        order = np.lexsort((t.query_rows[chosen], count - t.query_rows[chosen]))
-        chosen, count = chosen[order], count[order]
-        query_count = t.query_rows[chosen]
+        order = np.lexsort((self._query_count[chosen], self._count[chosen] - self._query_count[chosen]))
+        chosen = chosen[order]
+        count, query_count = self._count[chosen], self._query_count[chosen]
         support_count = count - query_count
 
-        start = t.offsets[chosen]
         before = np.cumsum(count) - count
-        source = np.arange(int(count.sum())) + np.repeat(start - before, count)
+        source = self._episode(chosen, epoch)
         query = self._query(chosen, count, before, source, epoch)
         unique, inverse = self._unique(t.item[source])
         label = t.label[source]
@@ -129,6 +132,26 @@ class Collator:
             for (a, b), support, query_side in zip(bounds, *sides, strict=True)
         )
         return TaskBatch(torch.from_numpy(unique), blocks, self.seed, epoch)
+
+    def _episode(self, chosen: Ints, epoch: int) -> Ints:
+        """Positions (flat) of the episodes' rows: all rows, or of a long task `episode_rows` drawn, in time order."""
+        t = self.tasks
+        start, count = t.offsets[chosen], self._rows[chosen]
+        source = np.arange(int(count.sum())) + np.repeat(start - (np.cumsum(count) - count), count)
+        long = count > self._count[chosen]
+        if not long.any():
+            return source
+        owner = np.repeat(np.arange(len(chosen)), count)
+        candidate = np.flatnonzero(long[owner])
+        own = owner[candidate]
+        row = source[candidate] - start[own]
+        keys = draws.hashed(self.seed, epoch if self.redraw else 0, t.task[chosen[own]], row, purpose="episode")
+        # one sort for all tasks, flat: a padded matrix would be as wide as the longest history
+        order = np.argsort((own.astype(np.uint64) << np.uint64(40)) | (keys >> np.uint64(24)))
+        position = np.arange(len(order)) - np.repeat(np.cumsum(count[long]) - count[long], count[long])
+        keep = ~long[owner]
+        keep[candidate[order[position < self.episode_rows]]] = True
+        return source[keep]
 
     def _query(self, chosen: Ints, count: Ints, before: Ints, source: Ints, epoch: int) -> NDArray[np.bool_]:
         """Which rows (flat) are query rows: as stored, or where drawn those with the task's lowest keys."""
@@ -146,7 +169,7 @@ class Collator:
         # The hash is a bijection of the row, so a task's keys are distinct and the threshold takes exactly k.
         few = min(self.query_rows, width)
         lowest = np.sort(np.partition(keys, few - 1, axis=1)[:, :few], axis=1)
-        k = self.tasks.query_rows[chosen[which]]
+        k = self._query_count[chosen[which]]
         threshold = lowest[np.arange(len(which)), np.maximum(k, 1) - 1]
         taken = (keys <= threshold[:, None]) & (k > 0)[:, None]
         real = row < n[:, None]

@@ -31,6 +31,9 @@ class TaskSource(Protocol):
     def query_rows(self) -> int: ...
 
     @property
+    def episode_rows(self) -> int: ...
+
+    @property
     def location(self) -> object: ...
 
     def sizes(self, split: str) -> list[int]:
@@ -53,7 +56,7 @@ class Loader:
     The shards are read once and kept as flat arrays.
 
     Args:
-        redraw: draw the query of tasks without a fixed one anew each epoch; else always as in epoch 0.
+        redraw: draw the episodes of tasks without a fixed query anew each epoch; else always as in epoch 0.
         prefetch: batches collated ahead in a thread; 0 collates when asked.
 
     Raises:
@@ -91,28 +94,29 @@ class Loader:
         tables = table.read(split, mine)
         self._cohort = pl.concat([pl.Series([], dtype=pl.String), *(pl.Series(t["cohort"]) for t in tables)])
         self._tasks = _tasks(tables, dataset, table)
-        self._make = lambda: Collator(self._tasks, dataset.items, table.query_rows, seed, redraw)
+        self._make = lambda most: Collator(self._tasks, dataset.items, table.query_rows, most, seed, redraw)
+        self._episode_rows = table.episode_rows
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[TaskBatch]:
         """The batches of training epoch `epoch` from batch `start` on. Close the iterator to end it early."""
         keys = draws.hashed(self.seed, epoch, self._tasks.task, purpose="order")
-        return self._batches(np.lexsort((keys, self._shard)), epoch, start)
+        return self._batches(np.lexsort((keys, self._shard)), epoch, start, self._episode_rows)
 
     def evaluation(self) -> Iterator[TaskBatch]:
-        """Every task once, in stored order and with stored roles; a drawn query is that of epoch 0."""
-        return self._batches(np.arange(len(self._tasks)), 0, 0)
+        """Every task once with all its rows, in stored order and roles; a drawn query is that of epoch 0."""
+        return self._batches(np.arange(len(self._tasks)), 0, 0, 0)
 
     def tasks(self) -> pl.DataFrame:
         """This worker's tasks: columns task, cohort."""
         return pl.DataFrame({"task": self._tasks.task, "cohort": self._cohort})
 
-    def _batches(self, order: Ints, epoch: int, start: int) -> Iterator[TaskBatch]:
+    def _batches(self, order: Ints, epoch: int, start: int, episode_rows: int) -> Iterator[TaskBatch]:
         """Batches of `order`, this worker's tasks shard by shard."""
         places = [self._place[:n, j] for j, n in enumerate(self._sizes.tolist())]
         place = np.concatenate([np.zeros(0, np.int64), *places])
         dealt = np.argsort(place)
         cuts = np.searchsorted(place[dealt], np.arange(self.steps + 1) * self.batch_size)
-        collator = self._make()
+        collator = self._make(episode_rows)
         chosen = order[dealt]
 
         def make(step: int) -> TaskBatch:
@@ -184,4 +188,4 @@ def _places(sizes: Ints) -> Ints:
 
 def _tasks(tables: list[pa.Table], dataset: Dataset, table: TaskSource) -> Tasks:
     whole = pa.concat_tables(tables) if tables else task_schema(dataset).empty_table()
-    return Tasks.of(whole, dataset, table.query_rows, table.location)
+    return Tasks.of(whole, dataset, table.location)

@@ -68,6 +68,8 @@ class Protocol:
     """(users: user, raw_id; items: item, year where known (float or null); split seed; options) -> Plan."""
     tasks: Callable[[pl.DataFrame, Plan], tuple[pl.DataFrame, dict[str, int]]]
     """(interactions of whole users by (user, time); Plan) -> (frame of SCHEMA, why -> how many left out)."""
+    episode: str = ""
+    """The option that bounds the rows of an episode: the loader draws so many of a longer DRAWN task each epoch."""
 
 
 def protocol(name: str) -> Protocol:
@@ -118,6 +120,8 @@ def _frame(rows: pl.DataFrame, kind: Any, split: Any, cohort: Any, role: Any) ->
 
 
 # cmml-user: CMML §7.2 (user setting) and appendix. C-W: new users. W-W: held-out rows of training users.
+# Who is evaluated keeps their first max_ratings by time. Who is trained on keeps all, of which an episode draws
+# max_ratings: a service has its old users' whole history. clip_training clips them as well, as CMML's code does.
 
 CMML_QUERY = 10
 _TRAIN, _VALID, _NEW, _HELD_OUT = 0, 1, 2, 3
@@ -143,23 +147,26 @@ def _plan_cmml(users: pl.DataFrame, items: pl.DataFrame, split_seed: int, option
 
 def _tasks_cmml(interactions: pl.DataFrame, plan: Plan) -> tuple[pl.DataFrame, dict[str, int]]:
     position, _ = _runs(interactions["user"].to_numpy())
-    rows = interactions.filter(pl.Series(position < plan.options["max_ratings"]))
+    first = position < plan.options["max_ratings"]
+    trained = np.isin(plan.group[interactions["user"].to_numpy()], (_TRAIN, _HELD_OUT))
+    later = interactions.filter(pl.Series(~first & trained & (not plan.options["clip_training"])))
+    rows = interactions.filter(pl.Series(first))
     user = rows["user"].to_numpy()
     position, count = _runs(user)
     keys = draws.hashed(plan.split_seed, user, position, purpose="cmml-user/query")
     query_rows = np.where(count < 2 * CMML_QUERY, count // 2, CMML_QUERY)
     query = _rank(user, keys) < query_rows
-    rows = rows.with_columns(
-        group=plan.group[user], query=query, count=count, left=count - query_rows, role=query.astype(np.int8)
-    )
+    rows = rows.with_columns(group=plan.group[user], query=query, count=count, role=query.astype(np.int8))
     dropped = {"users with fewer than 2 ratings": int((count == 1).sum())}
     rows = rows.filter(pl.col("count") >= 2)
     group, held_out = pl.col("group"), rows.filter(pl.col("group") == _HELD_OUT)
     rest = held_out.filter(~pl.col("query"))
-    dropped["W-W users with fewer than 2 ratings left to train on"] = int((rest["left"] == 1).sum())
+    names = interactions.columns
+    pool = pl.concat([rows.filter(group == _TRAIN).select(names), rest.select(names), later])
+    single = pl.len().over("user") < 2
+    dropped["W-W users with fewer than 2 ratings left to train on"] = pool.select(single.sum()).item()
     parts = [
-        _frame(rows.filter(group == _TRAIN), 0, "train", "train", DRAWN),
-        _frame(rest.filter(pl.col("left") >= 2), 0, "train", "train", DRAWN),
+        _frame(pool.filter(~single), 0, "train", "train", DRAWN),
         _frame(rows.filter(group == _VALID), 0, "valid", "C-W", pl.col("role")),
         _frame(rows.filter(group == _NEW), 0, "test", "C-W", pl.col("role")),
         _frame(held_out, 1, "test", "W-W", pl.col("role")),
@@ -250,7 +257,15 @@ def _tasks_melu(interactions: pl.DataFrame, plan: Plan) -> tuple[pl.DataFrame, d
 PROTOCOLS: dict[str, Protocol] = {
     p.name: p
     for p in (
-        Protocol("cmml-user", 1, {"max_ratings": 100}, CMML_QUERY, _plan_cmml, _tasks_cmml),
+        Protocol(
+            "cmml-user",
+            1,
+            {"max_ratings": 100, "clip_training": False},
+            CMML_QUERY,
+            _plan_cmml,
+            _tasks_cmml,
+            episode="max_ratings",
+        ),
         Protocol("melu", 1, {"cold_users": ""}, MELU_QUERY, _plan_melu, _tasks_melu),
     )
 }

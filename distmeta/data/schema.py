@@ -73,11 +73,15 @@ class Dataset:
         location = Location.of(where)
         manifest = location / "dataset.json"
         if not manifest.exists():
-            raise UserError(f"{location}: no dataset here (dataset.json is missing); make one with `python -m jobs.prepare`")
+            raise UserError(
+                f"{location}: no dataset here (dataset.json is missing); make one with `python -m jobs.prepare`"
+            )
         raw = manifest.read_json()
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             found = raw.get("format") if isinstance(raw, dict) else None
-            raise UserError(f"{manifest}: format version {found!r}, this distmeta reads {FORMAT}; prepare the dataset again")
+            raise UserError(
+                f"{manifest}: format version {found!r}, this distmeta reads {FORMAT}; prepare the dataset again"
+            )
         try:
             raw.pop("format")
             raw["label"] = Label(**raw["label"])

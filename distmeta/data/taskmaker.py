@@ -90,6 +90,7 @@ class Maker:
             "split_seed": self.split_seed,
             "shards": self.shards,
             "query_rows": self.protocol.query_rows,
+            "episode_rows": self.options[self.protocol.episode] if self.protocol.episode else 0,
             "counts": {s: _total(cohorts.get(s, {})) for s in SPLITS},
             "cohorts": cohorts,
             "dropped": dict(dropped),

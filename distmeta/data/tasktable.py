@@ -41,6 +41,8 @@ class TaskTable:
     shards: int
     query_rows: int
     """Query rows that the loader draws of a task whose rows are all DRAWN."""
+    episode_rows: int
+    """Rows that the loader draws of a longer such task for an epoch's episode; 0: all."""
     counts: dict[str, dict[str, int]]
     """Split -> {"tasks", "rows"}."""
     cohorts: dict[str, dict[str, dict[str, int]]]

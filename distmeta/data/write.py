@@ -23,9 +23,7 @@ _ARROW: dict[FieldType, pa.DataType] = {
     "multi_categorical": pa.list_(pa.int32()),
     "numeric": pa.float32(),
 }
-_INTERACTIONS = pa.schema(
-    [("user", pa.int32()), ("item", pa.int32()), ("label", pa.float32()), ("time", pa.int64())]
-)
+_INTERACTIONS = pa.schema([("user", pa.int32()), ("item", pa.int32()), ("label", pa.float32()), ("time", pa.int64())])
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 _OURS = re.compile(
     r"(users|items|interactions)(/part-\d{5}\.parquet)?|vocabularies(/(user|item)-[\w-]+\.parquet)?"
@@ -85,9 +83,7 @@ def write_dataset(
         ("user", user_ids, users, user_fields),
         ("item", item_ids, items, item_fields),
     ):
-        table = _indexed(ids, side).join(
-            table, left_on="raw_id", right_on=side, how="left", maintain_order="left"
-        )
+        table = _indexed(ids, side).join(table, left_on="raw_id", right_on=side, how="left", maintain_order="left")
         columns, schema, described[side] = _encode_side(where, side, table, fields, files["vocabularies"])
         _write(where, f"{side}s/part-00000.parquet", columns.to_arrow().cast(schema), files[f"{side}s"])
 
@@ -177,9 +173,7 @@ def _encode_side(
         if kind == "numeric":
             column, field = _encode_numeric(table[name])
         else:
-            column, values = (
-                _encode_set(table[name]) if kind == "multi_categorical" else _encode_one(table[name])
-            )
+            column, values = _encode_set(table[name]) if kind == "multi_categorical" else _encode_one(table[name])
             field = Field(name, kind, size=len(values) + 1)
             vocabulary = pa.table({"value": pa.array([None, *values.to_list()], pa.string())})
             _write(where, f"vocabularies/{side}-{name}.parquet", vocabulary, vocabularies)
@@ -211,12 +205,7 @@ def _encode_one(column: pl.Series) -> tuple[pl.Series, pl.Series]:
 def _encode_set(column: pl.Series) -> tuple[pl.Series, pl.Series]:
     """Sorted distinct indices of each list (empty where unknown), and the values that 1, 2, … stand for."""
     rows = pl.DataFrame({"row": np.arange(len(column), dtype=np.uint32)})
-    flat = (
-        rows.with_columns(column.cast(pl.List(pl.String)).alias("value"))
-        .explode("value")
-        .drop_nulls()
-        .unique()
-    )
+    flat = rows.with_columns(column.cast(pl.List(pl.String)).alias("value")).explode("value").drop_nulls().unique()
     values = ordered(flat["value"])
     sets = (
         flat.join(_lookup(values), on="value")

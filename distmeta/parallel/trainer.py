@@ -139,7 +139,7 @@ class _Training:
         """All sweeps of a closed-form method, one validation, one checkpoint; nothing where that exists."""
         if not self.step:
             with self._timed("compute"):
-                fit_closed_form(self.method, lambda sweep: self.tasks.epoch(0), self._reduce)
+                fit_closed_form(self.method, lambda sweep: self.tasks.evaluation(), self._reduce)
             self.progress.tasks = float(self.tasks.n_tasks * self.method.sweeps)
             self.step = self.method.sweeps
             self._end_epoch()
@@ -245,7 +245,7 @@ class _Training:
                 step=self.step,
                 cursor={"epoch": self.epoch, "batch": self.batch},
                 progress=vars(self.progress),
-                config=config_module.fingerprint(self.config),
+                config=config_module.fixed(self.config),
                 split_hash=self.split_hash,
             )
             keep = {self.step, *older[-1:]}

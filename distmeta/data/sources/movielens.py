@@ -11,9 +11,7 @@ from distmeta.storage import Location
 
 _GET = "get {0}.zip from https://grouplens.org/datasets/movielens/{1}/ and give its unpacked folder as --raw"
 _GET_1M, _GET_100K = _GET.format("ml-1m", "1m"), _GET.format("ml-100k", "100k")
-_GET_EXTRA = (
-    "take the whole file from MeLU's repository (hoyeoplee/MeLU, movielens/ml-1m), or delete it to go without"
-)
+_GET_EXTRA = "take the whole file from MeLU's repository (hoyeoplee/MeLU, movielens/ml-1m), or delete it to go without"
 
 _TIME = (0, 2**40)
 _ID = (1, 2**31 - 1)
@@ -90,9 +88,7 @@ def movielens_1m(raw: Location, where: Location) -> Dataset:
     if lacking:
         items = pl.concat([items, pl.DataFrame({"item": lacking})], how="diagonal")
         rows = ratings["item"].is_in(lacking).sum()
-        notes.append(
-            f"movies {', '.join(lacking)} ({rows} ratings) are not in movies.dat: kept, all fields unknown"
-        )
+        notes.append(f"movies {', '.join(lacking)} ({rows} ratings) are not in movies.dat: kept, all fields unknown")
     return _write(
         where, "movielens-1m", raw, ratings, users, items, item_fields, {"movies": read, "notes": notes},
         {"gender": "categorical", "age": "categorical", "occupation": "categorical", "zip": "categorical"},
@@ -116,9 +112,7 @@ def movielens_100k(raw: Location, where: Location) -> Dataset:
     users = users.with_columns(integers(users, "age", users_file, 0, 200))
 
     flags = [f"genre {name}" for name in _GENRES_100K]
-    items = read_columns(
-        items_file, "|", ("item", "title", "released", "video", "url", *flags), get=_GET_100K
-    )
+    items = read_columns(items_file, "|", ("item", "title", "released", "video", "url", *flags), get=_GET_100K)
     _check_ids(items, "item", items_file)
     dated = items["released"].str.contains(r"^(\d{1,2}-\w{3}-(\d{4}|\D+))?$")
     refuse(
@@ -130,8 +124,7 @@ def movielens_100k(raw: Location, where: Location) -> Dataset:
     for flag in flags:
         integers(items, flag, items_file, 0, 1)
     genres = pl.concat_list(
-        pl.when(pl.col(flag) == "1").then(pl.lit(name))
-        for flag, name in zip(flags[1:], _GENRES_100K[1:], strict=True)
+        pl.when(pl.col(flag) == "1").then(pl.lit(name)) for flag, name in zip(flags[1:], _GENRES_100K[1:], strict=True)
     )
     items = items.select("item", year.alias("year"), genres.list.drop_nulls().alias("genres"))
     return _write(
@@ -177,9 +170,7 @@ def _write(
     user_fields: dict[str, FieldType],
     content: dict[str, list[str]],
 ) -> Dataset:
-    files = {"movielens-1m": ("ratings.dat", "users.dat", "movies.dat")}.get(
-        name, ("u.data", "u.user", "u.item")
-    )
+    files = {"movielens-1m": ("ratings.dat", "users.dat", "movies.dat")}.get(name, ("u.data", "u.user", "u.item"))
     known(ratings["user"], users["user"], raw / files[0], raw / files[1])
     known(ratings["item"], items["item"], raw / files[0], raw / files[2])
     extra: dict[str, Any] = {

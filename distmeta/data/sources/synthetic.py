@@ -170,9 +170,7 @@ def _user_side(seed: int, n: int, clusters: int, factors: int) -> tuple[pl.DataF
         _factors(seed, region, factors, "region"),
         personal=_factors(seed, rows, factors, "user"),
     )
-    table = pl.DataFrame(
-        {"user": rows, "segment": _told(seed, cluster, clusters, "segment"), "region": region}
-    )
+    table = pl.DataFrame({"user": rows, "segment": _told(seed, cluster, clusters, "segment"), "region": region})
     return table, _USER_BIAS * normal(seed, rows, purpose="synthetic user bias"), p
 
 
@@ -201,9 +199,7 @@ def _item_side(seed: int, n: int, clusters: int, factors: int) -> tuple[pl.DataF
             "category": _told(seed, cluster, clusters, "category"),
             "quality": np.where(missing, np.nan, quality),
         }
-    ).join(
-        listed.group_by("item", maintain_order=True).agg("tags"), on="item", how="left", maintain_order="left"
-    )
+    ).join(listed.group_by("item", maintain_order=True).agg("tags"), on="item", how="left", maintain_order="left")
     return table, _ITEM_BIAS * bias, q
 
 
@@ -214,17 +210,12 @@ def _pairs(seed: int, users: int, items: int, per_user: tuple[int, int]) -> tupl
     Efraimidis & Spirakis, 2006); a block of users at a time bounds the memory.
     """
     rate = np.exp(0.7 * normal(seed, np.arange(items), purpose="synthetic popularity"))
-    counts = per_user[0] + _choice(
-        per_user[1] - per_user[0] + 1, seed, np.arange(users), purpose="synthetic ratings"
-    )
+    counts = per_user[0] + _choice(per_user[1] - per_user[0] + 1, seed, np.arange(users), purpose="synthetic ratings")
     block = max(1, (1 << 22) // items)
     chosen = []
     for start in range(0, users, block):
         rows = np.arange(start, min(start + block, users))
-        race = (
-            -np.log1p(-uniform(seed, rows[:, None], np.arange(items)[None, :], purpose="synthetic race"))
-            / rate
-        )
+        race = -np.log1p(-uniform(seed, rows[:, None], np.arange(items)[None, :], purpose="synthetic race")) / rate
         first = np.argsort(race, axis=1, kind="stable")[:, : per_user[1]]
         chosen.append(first[np.arange(per_user[1])[None, :] < counts[rows, None]])
     user = np.repeat(np.arange(users), counts)

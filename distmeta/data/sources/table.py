@@ -116,9 +116,7 @@ def _read_spec(spec: Location) -> tuple[_Top, Label]:
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as e:
         mark = getattr(e, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(
-            f"{spec}{line}: not readable as YAML; mend it, `prepare table --help` shows one"
-        ) from None
+        raise UserError(f"{spec}{line}: not readable as YAML; mend it, `prepare table --help` shows one") from None
     if not isinstance(raw, dict):
         raise UserError(f"{spec}: must hold name, label and interactions; `prepare table --help` shows one")
     top = build(_Top, {str(k): v for k, v in raw.items()}, str(spec))
@@ -127,9 +125,7 @@ def _read_spec(spec: Location) -> tuple[_Top, Label]:
     _need(chosen, ("kind",), f"{spec}: label")
     if chosen.kind == "click":
         if (chosen.minimum, chosen.maximum) != (0.0, 1.0):
-            raise UserError(
-                f"{spec}: label: a click is 0 or 1; leave minimum and maximum out, or make it a rating"
-            )
+            raise UserError(f"{spec}: label: a click is 0 or 1; leave minimum and maximum out, or make it a rating")
         return top, Label("click", 0.0, 1.0)
     for key in ("minimum", "maximum"):
         if key not in top.label:
@@ -145,9 +141,7 @@ def _need(section: Any, keys: tuple[str, ...], where: str) -> None:
             raise UserError(f"{where}: {key} is missing; `prepare table --help` shows a whole spec")
 
 
-def _interactions(
-    spec: Location, section: dict, raw: Location, label: Label
-) -> tuple[pl.DataFrame, Location]:
+def _interactions(spec: Location, section: dict, raw: Location, label: Label) -> tuple[pl.DataFrame, Location]:
     """Columns user, item (strings), label (float32), time (int64 seconds), and the file they came from."""
     s = build(_Interactions, section, f"{spec}: interactions")
     _need(s, ("file",), f"{spec}: interactions")
@@ -188,9 +182,7 @@ def _side(
         specs.append(f)
     frame = _read(file, list(dict.fromkeys([s.key, *(f.column or f.name for f in specs)])), where)
     ids = _ids(frame[s.key], file)
-    refuse(
-        ~ids.is_first_distinct(), file, lambda i: f"{s.key} {ids[i]} is there twice; delete one", unit="row"
-    )
+    refuse(~ids.is_first_distinct(), file, lambda i: f"{s.key} {ids[i]} is there twice; delete one", unit="row")
     columns = [_field(frame[f.column or f.name], f, file).alias(f.name) for f in specs]
     kinds: dict[str, FieldType] = {f.name: f.type for f in specs}  # type: ignore[misc]  # checked by build()
     return pl.DataFrame([ids.alias(side), *columns]), kinds, file
@@ -200,22 +192,16 @@ def _field(column: pl.Series, f: _FieldSpec, file: Location) -> pl.Series:
     listed = isinstance(column.dtype, pl.List | pl.Array)
     if f.type == "numeric":
         numbers = _numbers(column, file)
-        refuse(
-            numbers.is_infinite().fill_null(False), file, lambda i: f"{column.name} is infinite", unit="row"
-        )
+        refuse(numbers.is_infinite().fill_null(False), file, lambda i: f"{column.name} is infinite", unit="row")
         return numbers
     if f.type == "multi_categorical" and not listed:
         if not f.separator:
-            raise UserError(
-                f"{file}: {column.name} is no list column; give field {f.name} a separator in the spec"
-            )
+            raise UserError(f"{file}: {column.name} is no list column; give field {f.name} a separator in the spec")
         return column.cast(pl.String).str.split(f.separator).list.eval(
             pl.element().str.strip_chars().filter(pl.element().str.strip_chars() != "")
         )  # fmt: skip
     if f.type == "categorical" and listed:
-        raise UserError(
-            f"{file}: {column.name} is a list column; make field {f.name} multi_categorical in the spec"
-        )
+        raise UserError(f"{file}: {column.name} is a list column; make field {f.name} multi_categorical in the spec")
     return column
 
 
@@ -234,9 +220,7 @@ def _read(file: Location, columns: list[str], where: str) -> pl.DataFrame:
             frame = pl.DataFrame(pl.from_arrow(found.to_table(columns=columns)))
         except (pa.ArrowInvalid, OSError) as e:
             reason = str(e).splitlines()[0]
-            raise UserError(
-                f"{file}: not readable as Parquet ({reason}); CSV files must end in .csv"
-            ) from None
+            raise UserError(f"{file}: not readable as Parquet ({reason}); CSV files must end in .csv") from None
     if not frame.height:
         raise UserError(f"{file}: the file is empty (no rows); give one that has some")
     return frame
@@ -264,9 +248,7 @@ def _check_columns(wanted: list[str], there: list[str], file: Location, where: s
 
 def _ids(column: pl.Series, file: Location) -> pl.Series:
     if isinstance(column.dtype, pl.List | pl.Array | pl.Struct | pl.Float32 | pl.Float64):
-        raise UserError(
-            f"{file}: {column.name} holds {column.dtype}, not ids; make them whole numbers or text"
-        )
+        raise UserError(f"{file}: {column.name} holds {column.dtype}, not ids; make them whole numbers or text")
     ids = column.cast(pl.String)
     refuse(ids.is_null(), file, lambda i: f"no {column.name}; fill it in or delete the row", unit="row")
     return ids
@@ -275,9 +257,7 @@ def _ids(column: pl.Series, file: Location) -> pl.Series:
 def _numbers(column: pl.Series, file: Location) -> pl.Series:
     """float64, null where there is no value; UserError where a value is no number."""
     if isinstance(column.dtype, pl.List | pl.Array | pl.Struct) or column.dtype.is_temporal():
-        raise UserError(
-            f"{file}: {column.name} holds {column.dtype}, not numbers; name another column in the spec"
-        )
+        raise UserError(f"{file}: {column.name} holds {column.dtype}, not numbers; name another column in the spec")
     numbers = column.cast(pl.Float64, strict=False)
     refuse(numbers.is_null() & column.is_not_null(), file,
            lambda i: f"{column.name} is {column[i]!r}, not a number; mend the row", unit="row")  # fmt: skip
@@ -296,9 +276,7 @@ def _seconds(column: pl.Series, file: Location) -> pl.Series:
     elif column.dtype.is_integer():
         seconds = column.cast(pl.Int64)
     else:
-        raise UserError(
-            f"{file}: {column.name} holds {column.dtype}; a time is whole seconds or a date and time"
-        )
+        raise UserError(f"{file}: {column.name} holds {column.dtype}; a time is whole seconds or a date and time")
     refuse(seconds.is_null(), file,
            lambda i: f"{column.name} is {column[i]!r}; a time is whole seconds or like 2024-05-01 12:00:00",
            unit="row")  # fmt: skip

@@ -1,6 +1,7 @@
 """What a process that adapts tasks in batches sets once, before its first tensor."""
 
 import ctypes
+import gc
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _KEEP = 2**31 - 1
@@ -23,6 +24,9 @@ def prepare(threads: int) -> bool:
     import torch
 
     torch.set_num_threads(threads)
+    # what is loaded by now stays loaded: full collections, which a batch's many small objects bring about, skip it
+    gc.collect()
+    gc.freeze()
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):

@@ -13,10 +13,11 @@ Shape letters: b tasks, R rows, P rows of pairs (S a step), d inputs, h outputs.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from distmeta.adaptation.products import through
 
@@ -51,19 +52,19 @@ class Shared:
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x.flatten(0, 1), self.weight).view(*x.shape[:2], self.weight.shape[1])
+        return F.linear(x, self.weight.t(), self.bias)
 
     def back(self, delta: Tensor) -> Tensor:
-        return torch.mm(delta.flatten(0, 1), self.weight.t()).view(*delta.shape[:2], self.weight.shape[0])
+        if delta.shape[-1] == 1:  # an outer product, which needs no product of matrices
+            return delta * self.weight.view(-1)
+        return torch.matmul(delta, self.weight.t())
 
     def forward_gradients(self, x: Tensor, g: Tensor) -> tuple[Tensor, Gradients]:
         flat = g.flatten(0, 1)
         return self.back(g), (torch.mm(x.flatten(0, 1).t(), flat), flat.sum(0))
 
     def back_gradients(self, delta: Tensor, e: Tensor) -> tuple[Tensor, Gradients]:
-        flat = e.flatten(0, 1)
-        product = torch.mm(flat, self.weight).view(*e.shape[:2], self.weight.shape[1])
-        return product, (torch.mm(flat.t(), delta.flatten(0, 1)), None)
+        return torch.matmul(e, self.weight), (torch.mm(e.flatten(0, 1).t(), delta.flatten(0, 1)), None)
 
 
 class Private:
@@ -74,23 +75,23 @@ class Private:
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias.expand(-1, x.shape[1], -1), x, self.weight)
+        return torch.baddbmm(self.bias, x, self.weight)
 
     def back(self, delta: Tensor) -> Tensor:
         return torch.bmm(delta, self.weight.transpose(1, 2))
 
     def forward_gradients(self, x: Tensor, g: Tensor) -> tuple[Tensor, Gradients]:
-        return self.back(g), (torch.bmm(x.transpose(1, 2), g), g.sum(1, keepdim=True))
+        return self.back(g), (_transposed(x, g), g.sum(1, keepdim=True))
 
     def back_gradients(self, delta: Tensor, e: Tensor) -> tuple[Tensor, Gradients]:
-        return torch.bmm(e, self.weight), (torch.bmm(e.transpose(1, 2), delta), None)
+        return torch.bmm(e, self.weight), (_transposed(e, delta), None)
 
 
 class Pairs:
-    """Shared weights and pairs: W' = W − α x_sᵀ δ_s, b' = b − α Σ δ_s; x_s [b, P, d], δ_s [b, P, h], α scalar or
-    [b, 1, 1]. Products with W' run through x x_sᵀ and δ δ_sᵀ [b, R, P]."""
+    """Shared weights and pairs: W' = W − α x_sᵀ δ_s, b' = b − α Σ δ_s; x_s [b, P, d], δ_s [b, P, h], α a number, or a
+    scalar or [b, 1, 1] that may be learned. Products with W' run through x x_sᵀ and δ δ_sᵀ [b, R, P]."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, x: Tensor, delta: Tensor, rate: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, x: Tensor, delta: Tensor, rate: Tensor | float) -> None:
         self.shared = Shared(weight, bias)
         self.x = x
         self.delta = delta
@@ -109,20 +110,25 @@ class Pairs:
         return self.shared.back(delta).baddbmm_(self._delta_gram(delta).mul_(-self.rate), self.x)
 
     def forward_gradients(self, x: Tensor, g: Tensor) -> tuple[Tensor, Gradients]:
-        gx, (gweight, gbias) = self.shared.forward_gradients(x, g)
+        gx, shared = self.shared.forward_gradients(x, g)
         gram, cross = self._gram(x), self._delta_gram(g)
-        grate = (gram * cross).sum_to_size(self.rate.shape).neg_()
+        rate = self._rate_gradient(gram, cross)
         gram, cross = gram.mul_(-self.rate), cross.mul_(-self.rate)
         gx.baddbmm_(cross, self.x)
-        return gx, (gweight, gbias, _transposed(cross, x), _transposed(gram, g), grate)
+        return gx, (*shared, _transposed(cross, x), _transposed(gram, g), *rate)
 
     def back_gradients(self, delta: Tensor, e: Tensor) -> tuple[Tensor, Gradients]:
-        gdelta, (gweight, _) = self.shared.back_gradients(delta, e)
+        gdelta, shared = self.shared.back_gradients(delta, e)
         gram, cross = self._delta_gram(delta), torch.bmm(e, self.x.transpose(1, 2))
-        grate = (gram * cross).sum_to_size(self.rate.shape).neg_()
+        rate = self._rate_gradient(gram, cross)
         gram, cross = gram.mul_(-self.rate), cross.mul_(-self.rate)
         gdelta.baddbmm_(cross, self.delta)
-        return gdelta, (gweight, None, _transposed(gram, e), _transposed(cross, delta), grate)
+        return gdelta, (*shared, _transposed(gram, e), _transposed(cross, delta), *rate)
+
+    def _rate_gradient(self, a: Tensor, b: Tensor) -> Gradients:
+        if not isinstance(self.rate, Tensor):
+            return ()
+        return ((a * b).sum_to_size(self.rate.shape).neg_() if self.rate.requires_grad else None,)
 
 
 def _transposed(a: Tensor, b: Tensor) -> Tensor:
@@ -130,92 +136,100 @@ def _transposed(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.transpose(1, 2), b)
 
 
-State = tuple[type[Shared] | type[Private] | type[Pairs], tuple[Tensor, ...]]
-"""A form and the tensors it is made of."""
+class State(NamedTuple):
+    """A form, the tensors it is made of, and numbers beside them."""
+
+    kind: type[Shared] | type[Private] | type[Pairs]
+    tensors: tuple[Tensor, ...]
+    numbers: tuple[float, ...] = ()
 
 
-def _forms(kinds: Sequence[type], tensors: Sequence[Tensor]) -> list[Any]:
-    counts = {Shared: 2, Private: 2, Pairs: 5}
-    starts = [sum(counts[k] for k in kinds[:i]) for i in range(len(kinds))]
-    return [k(*tensors[i : i + counts[k]]) for k, i in zip(kinds, starts, strict=True)]
+Shape = tuple[type, int, tuple[float, ...]]
+"""A state without its tensors, of which it tells the number: those go to autograd one by one."""
+
+
+def _forms(shapes: Sequence[Shape], tensors: Sequence[Tensor]) -> list[Any]:
+    forms, start = [], 0
+    for kind, count, numbers in shapes:
+        forms.append(kind(*tensors[start : start + count], *numbers))
+        start += count
+    return forms
+
+
+def _relu(z: Tensor, slope: float) -> Tensor:
+    return F.leaky_relu(z, slope) if slope else torch.relu(z)
+
+
+def _relu_(z: Tensor, slope: float) -> Tensor:
+    return F.leaky_relu_(z, slope) if slope else torch.relu_(z)
 
 
 class _Forward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kinds: Sequence[type], slope: float, z: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        inputs = []
-        for i, form in enumerate(_forms(kinds, tensors)):
-            if i == 0:  # not ours to overwrite
-                x = torch.nn.functional.leaky_relu(z, slope) if slope else torch.relu(z)
-            else:
-                x = torch.nn.functional.leaky_relu_(z, slope) if slope else torch.relu_(z)
+    def forward(ctx: Any, shapes: Sequence[Shape], slope: float, z: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        x = _relu(z, slope)  # z is not ours to overwrite; those of the layers above are
+        inputs: list[Tensor] = []
+        for form in _forms(shapes, tensors):
+            if inputs:
+                x = _relu_(z, slope)
             inputs.append(x)
             z = form.forward(x)
         ctx.save_for_backward(*inputs, *tensors)
-        ctx.kinds, ctx.slope = kinds, slope
+        ctx.shapes, ctx.slope = shapes, slope
         ctx.set_materialize_grads(False)
         return z, *inputs
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor | None) -> tuple[Any, ...]:
-        n = len(ctx.kinds)
-        inputs, tensors = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
-        g, *given = grad
-        gradients: list[Gradients] = []
-        forms = _forms(ctx.kinds, tensors)
-        for form, x, also in zip(reversed(forms), reversed(inputs), reversed(given), strict=True):
+        n, saved = len(ctx.shapes), ctx.saved_tensors
+        forms = _forms(ctx.shapes, saved[n:])
+        g, gradients = grad[0], [()] * n
+        for i in reversed(range(n)):
             assert g is not None  # δ of the top layer is made of z
-            g, made = form.forward_gradients(x, g)
-            gradients.insert(0, made)
-            if also is not None:
-                g += also
-            g = through(g, x, ctx.slope, out=g)
+            x, also = saved[i], grad[1 + i]
+            g, gradients[i] = forms[i].forward_gradients(x, g)
+            g = through(g if also is None else g.add_(also), x, ctx.slope, out=g)
         return None, None, g, *(t for made in gradients for t in made)
 
 
 class _Deltas(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kinds: Sequence[type], slope: float, delta: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-        n = len(kinds)
-        inputs, tensors = others[:n], others[n:]
-        deltas = [delta]
-        for form, x in zip(reversed(_forms(kinds, tensors)), reversed(inputs), strict=True):
-            e = form.back(deltas[0])
-            deltas.insert(0, through(e, x, slope, out=e))
-        ctx.save_for_backward(*inputs, *deltas[1:], *tensors)
-        ctx.kinds, ctx.slope = kinds, slope
+    def forward(ctx: Any, shapes: Sequence[Shape], slope: float, delta: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        n = len(shapes)
+        forms, deltas = _forms(shapes, others[n:]), [delta]
+        for i in reversed(range(n)):
+            e = forms[i].back(deltas[0])
+            deltas.insert(0, through(e, others[i], slope, out=e))
+        ctx.save_for_backward(*others[:n], *deltas[1:], *others[n:])
+        ctx.shapes, ctx.slope = shapes, slope
         ctx.set_materialize_grads(False)
         return tuple(deltas[:-1])
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor | None) -> tuple[Any, ...]:
-        n = len(ctx.kinds)
-        inputs, deltas, tensors = (ctx.saved_tensors[i:j] for i, j in ((0, n), (n, 2 * n), (2 * n, None)))
-        gradients: list[Gradients] = []
+        n, saved = len(ctx.shapes), ctx.saved_tensors
+        gradients: list[Gradients] = [(None,) * count for _, count, _ in ctx.shapes]
         g: Tensor | None = None
-        for form, x, delta, also in zip(_forms(ctx.kinds, tensors), inputs, deltas, grad, strict=True):
-            if g is None and also is None:  # nobody asked for this δ, nor for those below
-                gradients.append((None,) * len(_made_of(form)))
-                continue
-            if g is None:
-                assert also is not None
-                e = through(also, x, ctx.slope)
-            else:
+        for i, form in enumerate(_forms(ctx.shapes, saved[2 * n :])):
+            x, delta, also = saved[i], saved[n + i], grad[i]
+            if g is not None:
                 e = through(g if also is None else g.add_(also), x, ctx.slope, out=g)
-            g, made = form.back_gradients(delta, e)
-            gradients.append(made)
+            elif also is not None:
+                e = through(also, x, ctx.slope)  # not ours to overwrite
+            else:
+                continue  # nobody asked for this δ, nor for those below
+            g, gradients[i] = form.back_gradients(delta, e)
         return None, None, g, *(None,) * n, *(t for made in gradients for t in made)
 
 
-def _made_of(form: Form) -> range:
-    return range(5 if isinstance(form, Pairs) else 2)
+def _apart(states: Sequence[State]) -> tuple[list[Shape], list[Tensor]]:
+    return [(s.kind, len(s.tensors), s.numbers) for s in states], [t for s in states for t in s.tensors]
 
 
 def forward(states: Sequence[State], z: Tensor, slope: float) -> tuple[Tensor, list[Tensor]]:
     """z ← relu(z) W' + b' for each layer: the last z [b, R, h], and each layer's input relu(z) [b, R, d]."""
-    z, *inputs = _Forward.apply(  # type: ignore[misc]
-        [kind for kind, _ in states], slope, z, *(t for _, tensors in states for t in tensors)
-    )
+    shapes, tensors = _apart(states)
+    z, *inputs = _Forward.apply(shapes, slope, z, *tensors)  # type: ignore[misc]
     return z, inputs
 
 
@@ -224,8 +238,5 @@ def deltas(states: Sequence[State], inputs: Sequence[Tensor], delta: Tensor, slo
 
     The derivative by x of relu' is zero almost everywhere and is not formed.
     """
-    return list(
-        _Deltas.apply(  # type: ignore[arg-type]
-            [kind for kind, _ in states], slope, delta, *inputs, *(t for _, tensors in states for t in tensors)
-        )
-    )
+    shapes, tensors = _apart(states)
+    return list(_Deltas.apply(shapes, slope, delta, *inputs, *tensors))  # type: ignore[arg-type]

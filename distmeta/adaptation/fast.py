@@ -22,9 +22,8 @@ from distmeta.adaptation.overlap import overlap
 from distmeta.adaptation.products import inner, outer
 from distmeta.tasks import Bag
 
-
-Rate = Tensor
-"""Step size of a map, of a shape that broadcasts against [b, R, S]: scalar or [b, 1, 1]."""
+Rate = Tensor | float
+"""Step size of a map: a number, or a tensor that broadcasts against [b, R, S]: scalar or [b, 1, 1]."""
 
 
 @dataclass
@@ -37,7 +36,7 @@ class Pair:
     grams: dict[tuple[int, bool], tuple[Features, Tensor]] = field(default_factory=dict)
 
     def gram(self, x: Features) -> Tensor:
-        """−α (x x_sᵀ + 1) [b, R, S]; the +1 is the bias. Kept, because the first layer's inputs return at every step."""
+        """−α (x x_sᵀ + 1) [b, R, S]; the +1 is the bias. Kept: the first layer's inputs return at every step."""
         key = (id(x), torch.is_grad_enabled())
         if key not in self.grams:
             self.grams[key] = (
@@ -82,7 +81,10 @@ class Dual:
     def state(self) -> chain.State:
         xs, deltas = [pair.x.dense() for pair in self.pairs], [pair.delta for pair in self.pairs]
         x, delta = (xs[0], deltas[0]) if len(xs) == 1 else (torch.cat(xs, 1), torch.cat(deltas, 1))
-        return chain.Pairs, (self.layer.weight, self.layer.bias, x, delta, self.pairs[0].rate)
+        tensors, rate = (self.layer.weight, self.layer.bias, x, delta), self.pairs[0].rate
+        if isinstance(rate, Tensor):
+            return chain.State(chain.Pairs, (*tensors, rate))
+        return chain.State(chain.Pairs, tensors, (rate,))
 
     def forward(self, x: Features) -> Tensor:
         z = x.times(self.layer.weight, self.layer.bias)
@@ -122,7 +124,7 @@ class Private:
         return cls(layer.weight.expand(tasks, -1, -1), layer.bias.expand(tasks, 1, -1))
 
     def state(self) -> chain.State:
-        return chain.Private, (self.weight, self.bias)
+        return chain.State(chain.Private, (self.weight, self.bias))
 
     def forward(self, x: Features) -> Tensor:
         rows = x.dense()
@@ -171,6 +173,12 @@ Form = Callable[[Linear, Features, int], bool]
 """(layer, its support input, support rows) -> whether the layer gets private weights."""
 
 
+def _number(rate: Rate) -> Rate:
+    """A rate that needs no gradient as a number, which costs less in every product; on other devices it stays."""
+    fixed = isinstance(rate, Tensor) and not rate.requires_grad and rate.dim() == 0 and rate.device.type == "cpu"
+    return float(rate) if fixed else rate
+
+
 class FastWeights:
     """What a block's inner loop has changed so far; maps that are not in it are as they were.
 
@@ -181,10 +189,7 @@ class FastWeights:
     """
 
     def __init__(self, rates: Mapping[Map, Tensor | float], private: Form) -> None:
-        # a number in float64: without dimensions it takes the dtype of what it multiplies, and loses no digit
-        self.rates = {
-            m: torch.as_tensor(r, dtype=None if isinstance(r, Tensor) else torch.float64) for m, r in rates.items()
-        }
+        self.rates = {m: _number(r) for m, r in rates.items()}
         self.private = private
         self.linear: dict[Linear, FastLinear] = {}
         self.tables: dict[Table, FastTable] = {}
@@ -195,7 +200,7 @@ class FastWeights:
         """What `layer` is now, for a chain of layers."""
         if layer in self.linear:
             return self.linear[layer].state()
-        return chain.Shared, (layer.weight, layer.bias)
+        return chain.State(chain.Shared, (layer.weight, layer.bias))
 
     def step(self, records: Mapping[Map, list[tuple[Features | Bag, Tensor]]]) -> None:
         """One inner step of every adapted map, from (input, δ) of all its places of use.

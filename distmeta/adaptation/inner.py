@@ -15,14 +15,17 @@ from distmeta.tasks import Rows
 
 def squared_error(prediction: Tensor, rows: Rows) -> Tensor:
     """Mean squared error of each task over its real rows: [b] from predictions [b, R]; 0 for a task without rows."""
-    count = rows.mask.sum(1).clamp(min=1)
-    return ((prediction - rows.label).square() * rows.mask).sum(1) / count
+    return ((prediction - rows.label).square() * _share(rows, prediction.dtype)).sum(1)
 
 
 def squared_error_delta(prediction: Tensor, rows: Rows) -> Tensor:
     """∂ squared_error / ∂ prediction: [b, R]; 0 on padding, so that padding moves nothing."""
-    mask = rows.mask.to(prediction.dtype)
-    return (prediction - rows.label) * (mask * (2 / mask.sum(1, keepdim=True).clamp(min=1)))
+    return (prediction - rows.label) * _share(rows, prediction.dtype).mul_(2)
+
+
+def _share(rows: Rows, dtype: torch.dtype) -> Tensor:
+    """1/n on a task's n real rows, 0 on padding: [b, R]."""
+    return rows.mask.to(dtype).div_(rows.mask.sum(1, keepdim=True).clamp_(min=1))
 
 
 def adapt(

@@ -72,7 +72,13 @@ def test_what_is_saved_comes_back(tmp_path):
     where = Location.of(tmp_path)
     tensors = {"a.weight": torch.randn(3, 4).t(), "b": torch.tensor(2.5, dtype=torch.float64), "c": torch.zeros(0, 2)}
     progress = {"best": 0.1 + 0.2, "loss": 1e-300, "best_step": None}
-    given = {"method": "x", "cursor": {"epoch": 1, "batch": 2}, "progress": progress, "config": "c", "split_hash": "s"}
+    given = {
+        "method": "x",
+        "cursor": {"epoch": 1, "batch": 2},
+        "progress": progress,
+        "config": {"a": [1]},
+        "split_hash": "s",
+    }
     checkpoint.save(where, {"params": tensors}, step=7, **given)
     found = checkpoint.newest(where)
     assert found is not None
@@ -152,7 +158,7 @@ def test_one_without_manifest_does_not_count_and_is_swept_up(run, small):
         (lambda f: rewrite(f, format=99), ["format version 99", "reads 1"]),
         (lambda f: rewrite(f, method="metacs"), ["holds metacs, not melu"]),
         (lambda f: rewrite(f, split_hash="0" * 64), ["another split", "--data"]),
-        (lambda f: rewrite(f, config="0" * 64), ["config.yaml", "undo the change"]),
+        (lambda f: rewrite(f, config={"train.lr": 0.25}), ["config.yaml: train.lr is 0.001", "trained with 0.25"]),
         (lambda f: replace_tensors(f, "params", lambda t: t.pop("log_rate")), ["no tensor log_rate"]),
         (lambda f: replace_tensors(f, "params", lambda t: t.update(x=torch.ones(1))), ["tensor x is unknown"]),
         (

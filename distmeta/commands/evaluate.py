@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distmeta import config as config_module
+from distmeta import process
 from distmeta.cli import Parser
 from distmeta.config import Config
 from distmeta.data import protocols, tasktable
@@ -38,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
     place = Location.of(args.data or config.data.data)
     dataset = Dataset.open(place)
     table = tasktable.make(place, config.data.protocol, config.data.split_seed, protocols.protocol_options(config.data))
+    process.prepare(config.train.threads)
     evaluate(config, run, place, dataset, table)
     return 0
 

@@ -43,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
             f"--workers {config.train.workers}: training on Ray workers comes with the Ray trainer;"
             " use --workers 0, which trains in this process"
         )
+    from distmeta import process
     from distmeta.data import protocols, tasktable
     from distmeta.data.schema import Dataset
 
@@ -58,6 +59,7 @@ def main(argv: Sequence[str]) -> int:
     run = run or rundir.default(config.method, dataset.name)
     table = tasktable.make(place, config.data.protocol, config.data.split_seed, protocols.protocol_options(config.data))
     config = _settled(config, run, place)
+    process.prepare(config.train.threads)
     run.make_dir()
     with rundir.lock(run):
         if not config.train.resume:

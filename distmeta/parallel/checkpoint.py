@@ -4,7 +4,7 @@ RUN/checkpoints/step-NNNNNNNNN/
   params-00000.safetensors      the method's state_dict: parameters and persistent buffers, by name
   optimizer-00000.safetensors   AdamW's state, NAME.{step,exp_avg,exp_avg_sq}; not in closed form
   checkpoint.json               manifest, written last: format version, method, global step, cursor, progress,
-                                config fingerprint, split_hash, versions, each file's size and sha256, its own
+                                settings, split_hash, versions, each file's size and sha256, its own
 
 A folder without a manifest was interrupted and does not count. Damage is never passed over in silence: the
 sentence names the file, and what to delete to go on from an older step.
@@ -23,7 +23,7 @@ from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from distmeta.config import Config, fingerprint
+from distmeta.config import Config, fixed
 from distmeta.errors import UserError
 from distmeta.storage import Location
 
@@ -43,8 +43,8 @@ class Checkpoint:
     """`epoch` and `batch`: what comes next."""
     progress: dict[str, Any]
     """The trainer's scalars: best error and its step, stale epochs, sums of the epoch under way."""
-    config: str
-    """`distmeta.config.fingerprint` of the run's config."""
+    config: dict[str, Any]
+    """`distmeta.config.fixed` of the run: the settings that decide its parameters."""
     split_hash: str
     files: dict[str, dict[str, Any]]
     """File name -> {"bytes", "sha256"}."""
@@ -69,7 +69,7 @@ def save(
     step: int,
     cursor: dict[str, int],
     progress: dict[str, Any],
-    config: str,
+    config: dict[str, Any],
     split_hash: str,
 ) -> None:
     """Write the checkpoint of `step`; until its manifest is there, older ones stand untouched.
@@ -173,12 +173,17 @@ def load(run: Location, checkpoint: Checkpoint, part: str) -> dict[str, Tensor]:
 
 
 def check_origin(run: Location, checkpoint: Checkpoint, config: Config, split_hash: str) -> None:
-    """UserError where the checkpoint was trained with other settings, or on another split, than these."""
-    if checkpoint.config != fingerprint(config):
-        raise UserError(
-            f"{run / 'config.yaml'}: not what the checkpoint of step {checkpoint.step} was trained with;"
-            " undo the change, or start a new run"
-        )
+    """UserError where the checkpoint was trained with other settings, or on another split, than these.
+
+    Settings that an older distmeta did not have yet are passed over.
+    """
+    now = fixed(config)
+    for key in sorted(checkpoint.config.keys() & now.keys()):
+        if checkpoint.config[key] != now[key]:
+            raise UserError(
+                f"{run / 'config.yaml'}: {key} is {now[key]!r}, but the checkpoint of step {checkpoint.step} was"
+                f" trained with {checkpoint.config[key]!r}; undo the change, or start a new run"
+            )
     if checkpoint.split_hash != split_hash:
         raise UserError(
             f"{checkpoint.location}: was trained on another split, {checkpoint.split_hash[:12]}, not"

@@ -70,8 +70,8 @@ def check_new(run: Location) -> None:
 def check_same(run: Location, config: Config) -> None:
     """UserError naming the first key in which `config` differs from the run's own, but for those it may."""
     before, now = config_module.fixed(stored(run)), config_module.fixed(config)
-    for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key), now.get(key)
+    for key in sorted(before.keys() & now.keys()):  # epochs stand in one of them only if lr_decay differs as well
+        old, new = before[key], now[key]
         if old != new:
             raise UserError(f"{run}: was started with {key} = {old!r}, not {new!r}; leave it so, or start a new run")
 

@@ -37,9 +37,7 @@ def method(name: str, **changes) -> MeLU | MetaCS:
 
 def close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1e-9) -> None:
     for name in a:
-        torch.testing.assert_close(
-            a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize(("name", "steps", "first_order", "form"), CASES)
@@ -74,10 +72,7 @@ def test_personal_rates(form):
     """PAML's α(h_u) [b, 1, 1]: values, and the gradient that reaches α itself."""
     m = method("metacs", steps=2, form=form)
     batch = oracle.batch(*RAGGED)
-    alphas = {
-        id(block): torch.rand(len(block.task), dtype=torch.float64).mul(0.05).requires_grad_()
-        for block in batch
-    }
+    alphas = {id(block): torch.rand(len(block.task), dtype=torch.float64).mul(0.05).requires_grad_() for block in batch}
     m.rates = lambda block: {a: alphas[id(block)][:, None, None] for a in m.adapted()}  # type: ignore[method-assign]
     ours = m.loss(batch)
     theirs = oracle.losses(m, batch, rate=lambda block, b, _: alphas[id(block)][b])
@@ -122,11 +117,7 @@ def test_caveat_1_first_order_carries_no_graph_of_the_support():
     encoded = first.embedding.encode(batch)
     fast = first.fast_weights(batch.blocks[0], encoded)
     for dual in fast.linear.values():
-        stored = (
-            [dual.weight]
-            if hasattr(dual, "weight")
-            else [p.rows() for pair in dual.pairs for p in pair.x.parts]
-        )
+        stored = [dual.weight] if hasattr(dual, "weight") else [p.rows() for pair in dual.pairs for p in pair.x.parts]
         rates = {id(first.log_rate.grad_fn)}
         assert all(t.grad_fn is None or id(t.grad_fn) not in rates for t in stored)
     for pair in (pair for dual in fast.linear.values() if hasattr(dual, "pairs") for pair in dual.pairs):
@@ -170,17 +161,12 @@ def test_caveat_2_a_map_used_in_several_places_has_one_list_of_pairs():
 
         for _ in range(3):
             loss = (run(fast) - rows.label[b, :n]).square().mean()
-            fast = [
-                f - 0.05 * g
-                for f, g in zip(fast, torch.autograd.grad(loss, fast, create_graph=True), strict=True)
-            ]
+            fast = [f - 0.05 * g for f, g in zip(fast, torch.autograd.grad(loss, fast, create_graph=True), strict=True)]
         expected.append(run(fast).square().sum())
     theirs = torch.autograd.grad(torch.stack(expected).sum(), leaves)
     for form in ("dual", "private"):
         places = At(left, PerTask), At(right, Dense)
-        fast = adapt(
-            partial(forward, places=places), rows, rates, steps=3, first_order=False, plan=Plan(3, 4, form)
-        )
+        fast = adapt(partial(forward, places=places), rows, rates, steps=3, first_order=False, plan=Plan(3, 4, form))
         y = forward(Tape(fast), places).part.rows().squeeze(-1)
         ours = torch.autograd.grad((y.square() * rows.mask).sum(), leaves)
         for a, b in zip(ours, theirs, strict=True):
@@ -195,9 +181,7 @@ def test_caveat_3_pairs_merge_only_where_the_input_stands_still():
         first, second, *_ = m.decision
         assert len(fast.linear[first].pairs) == merged
         assert len(fast.linear[second].pairs) == 3
-        assert all(
-            len(t.pairs) == 1 for t in fast.tables.values()
-        )  # a lookup's input is its index: it never moves
+        assert all(len(t.pairs) == 1 for t in fast.tables.values())  # a lookup's input is its index: it never moves
 
 
 def test_caveat_4_the_form_follows_cost():
@@ -218,7 +202,7 @@ def test_caveat_5_what_breaks_the_low_rank_takes_the_private_form():
     layer = Linear(4, 5).double()
     from distmeta.adaptation.fast import Private
 
-    moved = Private.of(layer, 2).add(Features(Dense(x)), d, 0.5)
+    moved = Private.of(layer).add(Features(Dense(x)), d, 0.5)
     torch.testing.assert_close(moved.weight, layer.weight - 0.5 * x.transpose(1, 2) @ d)
     torch.testing.assert_close(moved.bias, layer.bias - 0.5 * d.sum(1, keepdim=True))
 
@@ -260,10 +244,7 @@ def test_predict_does_not_see_the_query_labels_and_equals_the_loss_pass():
     batch = oracle.batch(*RAGGED)
     hidden = TaskBatch(
         batch.items,
-        tuple(
-            replace(b, query=replace(b.query, label=torch.full_like(b.query.label, float("nan"))))
-            for b in batch
-        ),
+        tuple(replace(b, query=replace(b.query, label=torch.full_like(b.query.label, float("nan")))) for b in batch),
     )
     scores = m.predict(m.adapt(hidden), hidden)
     losses = torch.cat([squared_error(s, b.query) for s, b in zip(scores, batch, strict=True)])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distmeta.adaptation.products import through
+from distmeta.adaptation.products import product_transposed, products_with, through, transposed_product, weight_gradient
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -61,7 +61,7 @@ class Shared:
 
     def forward_gradients(self, x: Tensor, g: Tensor) -> tuple[Tensor, Gradients]:
         flat = g.flatten(0, 1)
-        return self.back(g), (torch.mm(x.flatten(0, 1).t(), flat), flat.sum(0))
+        return self.back(g), (weight_gradient(x.flatten(0, 1), flat), flat.sum(0))
 
     def back_gradients(self, delta: Tensor, e: Tensor) -> tuple[Tensor, Gradients]:
         return torch.matmul(e, self.weight), (torch.mm(e.flatten(0, 1).t(), delta.flatten(0, 1)), None)
@@ -75,16 +75,18 @@ class Private:
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight.shape[2] == 1:
+            return products_with(x, self.weight).add_(self.bias)
         return torch.baddbmm(self.bias, x, self.weight)
 
     def back(self, delta: Tensor) -> Tensor:
-        return torch.bmm(delta, self.weight.transpose(1, 2))
+        return product_transposed(delta, self.weight)
 
     def forward_gradients(self, x: Tensor, g: Tensor) -> tuple[Tensor, Gradients]:
-        return self.back(g), (_transposed(x, g), g.sum(1, keepdim=True))
+        return self.back(g), (transposed_product(x, g), g.sum(1, keepdim=True))
 
     def back_gradients(self, delta: Tensor, e: Tensor) -> tuple[Tensor, Gradients]:
-        return torch.bmm(e, self.weight), (_transposed(e, delta), None)
+        return products_with(e, self.weight), (transposed_product(e, delta), None)
 
 
 class Pairs:
@@ -115,7 +117,7 @@ class Pairs:
         rate = self._rate_gradient(gram, cross)
         gram, cross = gram.mul_(-self.rate), cross.mul_(-self.rate)
         gx.baddbmm_(cross, self.x)
-        return gx, (*shared, _transposed(cross, x), _transposed(gram, g), *rate)
+        return gx, (*shared, transposed_product(cross, x), transposed_product(gram, g), *rate)
 
     def back_gradients(self, delta: Tensor, e: Tensor) -> tuple[Tensor, Gradients]:
         gdelta, shared = self.shared.back_gradients(delta, e)
@@ -123,17 +125,12 @@ class Pairs:
         rate = self._rate_gradient(gram, cross)
         gram, cross = gram.mul_(-self.rate), cross.mul_(-self.rate)
         gdelta.baddbmm_(cross, self.delta)
-        return gdelta, (*shared, _transposed(gram, e), _transposed(cross, delta), *rate)
+        return gdelta, (*shared, transposed_product(gram, e), transposed_product(cross, delta), *rate)
 
     def _rate_gradient(self, a: Tensor, b: Tensor) -> Gradients:
         if not isinstance(self.rate, Tensor):
             return ()
         return ((a * b).sum_to_size(self.rate.shape).neg_() if self.rate.requires_grad else None,)
-
-
-def _transposed(a: Tensor, b: Tensor) -> Tensor:
-    """aᵀ b, task by task."""
-    return torch.bmm(a.transpose(1, 2), b)
 
 
 class State(NamedTuple):

@@ -19,7 +19,7 @@ from distmeta.adaptation import chain
 from distmeta.adaptation.features import Features, PerTask
 from distmeta.adaptation.maps import Linear, Map, Table
 from distmeta.adaptation.overlap import overlap
-from distmeta.adaptation.products import inner, outer
+from distmeta.adaptation.products import descend, inner
 from distmeta.tasks import Bag
 
 Rate = Tensor | float
@@ -113,15 +113,16 @@ class Dual:
 
 
 class Private:
-    """A weight matrix [b, d, h] and a bias [b, 1, h] a task."""
+    """A weight matrix [b, d, h] and a bias [b, 1, h] a task; before its first step perhaps the shared ones."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         self.weight = weight
         self.bias = bias
 
     @classmethod
-    def of(cls, layer: Linear, tasks: int) -> "Private":
-        return cls(layer.weight.expand(tasks, -1, -1), layer.bias.expand(tasks, 1, -1))
+    def of(cls, layer: Linear) -> "Private":
+        """The shared weights: private ones from the first step on."""
+        return cls(layer.weight, layer.bias)
 
     def state(self) -> chain.State:
         return chain.State(chain.Private, (self.weight, self.bias))
@@ -134,8 +135,7 @@ class Private:
         return inner(delta, x.slices(self.weight)[part])
 
     def add(self, x: Features, delta: Tensor, rate: Rate) -> "Private":
-        d = rate * delta
-        return Private(self.weight - outer(x.dense(), d), self.bias - d.sum(1, keepdim=True))
+        return Private(*descend(self.weight, self.bias, x.dense(), delta, rate))
 
 
 class FastTable:
@@ -215,7 +215,7 @@ class FastWeights:
                     assert isinstance(x, Features)
                     if m not in self.linear:
                         chosen = self.private(m, x, delta.shape[1])
-                        self.linear[m] = Private.of(m, len(delta)) if chosen else Dual(m)
+                        self.linear[m] = Private.of(m) if chosen else Dual(m)
                     self.linear[m] = self.linear[m].add(x, delta, rate)
                 else:
                     assert isinstance(x, Bag)

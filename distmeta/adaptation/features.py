@@ -27,7 +27,7 @@ class PerTask:
         return self.x
 
     def product(self, weight: Tensor, whole: Tensor, first: int) -> Tensor:
-        return self.x @ weight
+        return products.affine(self.x, weight)
 
 
 class Dense:
@@ -41,7 +41,7 @@ class Dense:
         return self.x
 
     def product(self, weight: Tensor, whole: Tensor, first: int) -> Tensor:
-        return self.x @ weight
+        return products.affine(self.x, weight)
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Unique:
         """
         k = (id(whole), first, torch.is_grad_enabled())
         if k not in self.products:
-            self.products[k] = self.x @ weight
+            self.products[k] = products.affine(self.x, weight)
         return self.products[k]
 
     def detach(self) -> "Unique":
@@ -116,7 +116,7 @@ class Features:
 
     def _times(self, weight: Tensor, bias: Tensor) -> Tensor:
         if len(self.parts) == 1 and isinstance(self.parts[0], Dense):
-            return F.linear(self.parts[0].x, weight.t(), bias)  # one pass over z instead of two
+            return products.affine(self.parts[0].x, weight, bias)  # one pass over z instead of two
         slices = zip(self.parts, self.slices(weight), self.starts, strict=True)
         return _sum([bias, *(p.product(w, weight, first) for p, w, first in slices)])
 

@@ -1,9 +1,9 @@
 """What the engine is measured against: MAML in plain torch, one task at a time and under torch.func.vmap.
 
 Nothing here uses distmeta.adaptation. Both are written as a good user would write them: features are looked up by
-index and never expanded to one-hot rows, and under vmap embeddings that do not adapt are looked up outside, each
-item once a batch. Embeddings that adapt are given to vmap in two ways: as whole tables, and (which takes more work,
-here done beforehand and not timed) as the rows that a task touches, with an index of its own.
+index and never expanded to one-hot rows, and under vmap embeddings that do not adapt are looked up outside: "vmap"
+row by row, "vmap rows" each item once a batch. Embeddings that adapt are given to vmap as whole tables ("vmap"), or
+("vmap rows": more work, done beforehand and not timed) as the rows that a task touches, with an index of its own.
 
 Shape letters: B tasks, R rows (S support, Q query), U unique items, M values of a field, V values that a task
 touches, e width.

@@ -58,10 +58,10 @@ def plain(b: int, s: int, q: int, d: int, h: int, steps: int, double: bool = Fal
         scores = net(Tape(fast), z).part.rows().squeeze(-1)
         return torch.autograd.grad(squared_error(scores, query).sum(), leaves)
 
-    inputs = [([(x, None)], y) for x, y in sides]
+    inputs: list[baselines.Side] = [([(x, None)], y) for x, y in sides]
     return {name: lambda form=form: engine(form) for name, form in FORMS.items()} | {
-        "vmap": lambda: baselines.vmapped([], leaves, 0, steps, LR, *inputs, leaves),
-        "loop": lambda: baselines.loop([], leaves, 0, steps, LR, *inputs),
+        "vmap": lambda: baselines.vmapped([], leaves, 0, steps, LR, inputs[0], inputs[1], leaves),
+        "loop": lambda: baselines.loop([], leaves, 0, steps, LR, inputs[0], inputs[1]),
     }
 
 
@@ -124,7 +124,7 @@ class _Baselines:
 
     def variants(self) -> dict[str, Variant]:
         if not self.adapted:
-            return {"vmap": self._vmap_fixed, "loop": self.loop}
+            return {"vmap": self._vmap_fixed, "vmap rows": self._vmap_unique, "loop": self.loop}
         return {"vmap": self._vmap_tables, "vmap rows": self._vmap_rows, "loop": self.loop}
 
     def loop(self, tasks: slice = slice(None)) -> Sequence[Tensor]:
@@ -132,29 +132,37 @@ class _Baselines:
         sides = [
             ([(i[tasks], None if w is None else w[tasks]) for i, w in inputs], y[tasks]) for inputs, y in self.sides
         ]
-        return baselines.loop(fixed, fast, len(self.tables) * self.adapted, self.steps, self.lr, *sides)
+        return baselines.loop(fixed, fast, len(self.tables) * self.adapted, self.steps, self.lr, sides[0], sides[1])
 
     def first(self) -> Sequence[Tensor]:
         return self.loop(slice(1))
 
     def _vmap_fixed(self) -> Sequence[Tensor]:
+        sides: list[baselines.Side] = [([(baselines.embed(self.tables, inputs), None)], y) for inputs, y in self.sides]
+        return baselines.vmapped(
+            [], self.weights, 0, self.steps, self.lr, sides[0], sides[1], self.tables + self.weights
+        )
+
+    def _vmap_unique(self) -> Sequence[Tensor]:
         n = len(self.users)
         items = baselines.embed(self.tables[n:], [(b.index, b.weight) for b in self.items])
         users = baselines.embed(self.tables[:n], [(b.index, b.weight) for b in self.users.values()])
-        sides = []
+        sides: list[baselines.Side] = []
         for rows, y in zip(self.rows, self.labels, strict=True):
             x = torch.cat([users[:, None].expand(-1, rows.shape[1], -1), F.embedding(rows, items)], -1)
             sides.append(([(x, None)], y))
-        return baselines.vmapped([], self.weights, 0, self.steps, self.lr, *sides, self.tables + self.weights)
+        return baselines.vmapped(
+            [], self.weights, 0, self.steps, self.lr, sides[0], sides[1], self.tables + self.weights
+        )
 
     def _vmap_tables(self) -> Sequence[Tensor]:
         fast = self.tables + self.weights
-        return baselines.vmapped([], fast, len(self.tables), self.steps, self.lr, *self.sides, fast)
+        return baselines.vmapped([], fast, len(self.tables), self.steps, self.lr, self.sides[0], self.sides[1], fast)
 
     def _vmap_rows(self) -> Sequence[Tensor]:
         own = [F.embedding(v, t) for v, t in zip(self.values, self.tables, strict=True)]
         leaves = self.tables + self.weights
-        return baselines.vmapped(own, self.weights, 0, self.steps, self.lr, *self.local, leaves)
+        return baselines.vmapped(own, self.weights, 0, self.steps, self.lr, self.local[0], self.local[1], leaves)
 
     def _inputs(self, rows: Tensor) -> baselines.Inputs:
         users = [

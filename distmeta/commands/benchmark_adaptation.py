@@ -94,8 +94,11 @@ def measure(variants: Variants, tasks: int, repeats: int, case: dict[str, Any]) 
     """Tasks a second of each variant: the median of `repeats` turns after one to warm up.
 
     A turn calls the variant once untimed, so that none pays for what the one before it left in the caches, and then
-    for at least TURN seconds.
+    for at least TURN seconds. On one thread it is the process's own time that counts: others' programs disturb less.
     """
+    import torch
+
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(repeats + 1):
         for name, variant in variants.items():
@@ -103,11 +106,11 @@ def measure(variants: Variants, tasks: int, repeats: int, case: dict[str, Any]) 
                 continue  # tens of times slower, and as steady
             if name != "loop":
                 variant()
-            calls, began = 0, time.perf_counter()
-            while not calls or time.perf_counter() - began < TURN:
+            calls, began = 0, clock()
+            while not calls or clock() - began < TURN:
                 variant()
                 calls += 1
-            seconds[name].append((time.perf_counter() - began) / calls)
+            seconds[name].append((clock() - began) / calls)
     rates = {name: tasks / statistics.median(taken[1:]) for name, taken in seconds.items()}
     return [
         {
@@ -126,11 +129,12 @@ def peak_rate(size: int = 2048) -> float:
     """Operations a second of the machine's own float32 matrix product: the median of five."""
     import torch
 
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     a, taken = torch.randn(size, size), []
     for _ in range(6):
-        began = time.perf_counter()
+        began = clock()
         torch.mm(a, a)
-        taken.append(time.perf_counter() - began)
+        taken.append(clock() - began)
     return 2 * size**3 / statistics.median(taken[1:])
 
 

@@ -132,6 +132,7 @@ class Encoded:
         self._unique = unique
         self._detached = unique.detach()
         self._bags = bags
+        self._users: dict[int, tuple[TaskBlock, UserPlace]] = {}
 
     def support(self, block: TaskBlock, detach: bool) -> tuple[UserPlace, ItemPlace]:
         """Users and items of the support rows; without graph where `detach` (first order)."""
@@ -145,7 +146,15 @@ class Encoded:
         return self._places(block, block.query, self._unique)
 
     def _places(self, block: TaskBlock, rows: Rows, unique: Unique) -> tuple[UserPlace, ItemPlace]:
-        return self._embedding.user_place(block), ItemPlace(unique, self._bags, rows.item)
+        return self._user_place(block), ItemPlace(unique, self._bags, rows.item)
+
+    def _user_place(self, block: TaskBlock) -> UserPlace:
+        """The users of a block, looked up once for support and query; without a graph again where one is not wanted."""
+        if not torch.is_grad_enabled():
+            return self._embedding.user_place(block)
+        if id(block) not in self._users:  # block is held, so its id stays its own
+            self._users[id(block)] = (block, self._embedding.user_place(block))
+        return self._users[id(block)][1]
 
 
 class Decision(nn.Module):

@@ -91,7 +91,7 @@ def test_personal_initial_weights():
     from distmeta.adaptation.fast import Private
 
     fast = FastWeights({layer: 0.1}, lambda *_: True)
-    fast.linear[layer] = Private(start, layer.bias.expand(2, 1, 1))
+    fast.linear[layer] = Private((start,), layer.bias.expand(2, 1, 1))
     tape = Tape(fast)
     out = tape.linear(layer, Node(Dense(x), needs=False))
     fast.step(tape.backward(out, squared_error_delta(out.part.rows().squeeze(-1), rows).unsqueeze(-1)))
@@ -117,7 +117,7 @@ def test_caveat_1_first_order_carries_no_graph_of_the_support():
     encoded = first.embedding.encode(batch)
     fast = first.fast_weights(batch.blocks[0], encoded)
     for dual in fast.linear.values():
-        stored = [dual.weight] if hasattr(dual, "weight") else [p.rows() for pair in dual.pairs for p in pair.x.parts]
+        stored = list(dual.weights) if hasattr(dual, "weights") else [p.rows() for pair in dual.pairs for p in pair.x.parts]
         rates = {id(first.log_rate.grad_fn)}
         assert all(t.grad_fn is None or id(t.grad_fn) not in rates for t in stored)
     for pair in (pair for dual in fast.linear.values() if hasattr(dual, "pairs") for pair in dual.pairs):
@@ -203,7 +203,7 @@ def test_caveat_5_what_breaks_the_low_rank_takes_the_private_form():
     from distmeta.adaptation.fast import Private
 
     moved = Private.of(layer).add(Features(Dense(x)), d, 0.5)
-    torch.testing.assert_close(moved.weight, layer.weight - 0.5 * x.transpose(1, 2) @ d)
+    torch.testing.assert_close(moved.weights[0], layer.weight - 0.5 * x.transpose(1, 2) @ d)
     torch.testing.assert_close(moved.bias, layer.bias - 0.5 * d.sum(1, keepdim=True))
 
 

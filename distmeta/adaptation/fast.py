@@ -19,7 +19,7 @@ from distmeta.adaptation import chain
 from distmeta.adaptation.features import Features, PerTask
 from distmeta.adaptation.maps import Linear, Map, Table
 from distmeta.adaptation.overlap import overlap
-from distmeta.adaptation.products import descend, inner
+from distmeta.adaptation.products import descend, descend_weight, inner
 from distmeta.tasks import Bag
 
 Rate = Tensor | float
@@ -113,29 +113,54 @@ class Dual:
 
 
 class Private:
-    """A weight matrix [b, d, h] and a bias [b, 1, h] a task; before its first step perhaps the shared ones."""
+    """A weight matrix [b, d, h] and a bias [b, 1, h] a task; before its first step perhaps the shared ones.
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        self.weight = weight
+    The weights are kept as the slices that belong to the parts of the input, so that a part that is the same in all
+    rows of a task is multiplied once a task.
+    """
+
+    def __init__(self, weights: tuple[Tensor, ...], bias: Tensor) -> None:
+        self.weights = weights
         self.bias = bias
 
     @classmethod
     def of(cls, layer: Linear) -> "Private":
         """The shared weights: private ones from the first step on."""
-        return cls(layer.weight, layer.bias)
+        return cls((layer.weight,), layer.bias)
 
     def state(self) -> chain.State:
-        return chain.State(chain.Private, (self.weight, self.bias))
+        return chain.State(chain.Private, (self._slices(None)[0], self.bias))
+
+    def _slices(self, x: Features | None) -> tuple[Tensor, ...]:
+        """The weights cut like the parts of x; whole without one."""
+        widths = [w.shape[-2] for w in self.weights]
+        wanted = [sum(widths)] if x is None else [p.width for p in x.parts]
+        if wanted == widths:
+            return self.weights
+        whole = self.weights[0] if len(widths) == 1 else torch.cat(self.weights, dim=-2)
+        return whole.split(wanted, dim=-2) if len(wanted) > 1 else (whole,)
 
     def forward(self, x: Features) -> Tensor:
-        rows = x.dense()
-        return torch.baddbmm(self.bias.expand(-1, rows.shape[1], -1), rows, self.weight)
+        z = self.bias
+        # parts that are the same in all rows first: their [b, 1, h] is the bias of the others
+        for p, w in sorted(zip(x.parts, self._slices(x), strict=True), key=lambda e: not isinstance(e[0], PerTask)):
+            rows = p.rows()
+            z = torch.baddbmm(z.expand(-1, rows.shape[1], -1), rows, w)
+        return z
 
     def input_delta(self, delta: Tensor, x: Features, part: int) -> Tensor:
-        return inner(delta, x.slices(self.weight)[part])
+        return inner(delta, self._slices(x)[part])
 
     def add(self, x: Features, delta: Tensor, rate: Rate) -> "Private":
-        return Private(*descend(self.weight, self.bias, x.dense(), delta, rate))
+        weights, bias = [], self.bias
+        for i, (p, w) in enumerate(zip(x.parts, self._slices(x), strict=True)):
+            d = delta.sum(1, keepdim=True) if isinstance(p, PerTask) else delta
+            if i == 0:
+                w, bias = descend(w, bias, p.rows(), d, rate)
+            else:
+                w = descend_weight(w, p.rows(), d, rate)
+            weights.append(w)
+        return Private(tuple(weights), bias)
 
 
 class FastTable:

@@ -62,24 +62,25 @@ class _Affine(torch.autograd.Function):
 
 class _Descend(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, bias: Tensor, x: Tensor, delta: Tensor, rate: Tensor | float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, x: Tensor, delta: Tensor, rate: Tensor | float) -> Any:
         ctx.save_for_backward(x, delta, *([rate] if isinstance(rate, Tensor) else []))
-        ctx.number, ctx.shapes = rate, (weight.shape, bias.shape)
+        ctx.number, ctx.shapes = rate, (weight.shape, None if bias is None else bias.shape)
         scaled = delta * -rate
-        return transposed_product(x, scaled).add_(weight), scaled.sum(1, keepdim=True).add_(bias)
+        moved = transposed_product(x, scaled).add_(weight)
+        return moved if bias is None else (moved, scaled.sum(1, keepdim=True).add_(bias))
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
-        (g, gbias), (x, delta, *learned) = grad, ctx.saved_tensors
+        (g, *gbias), (x, delta, *learned) = grad, ctx.saved_tensors
         rate = learned[0] if learned else ctx.number
         gx = product_transposed(delta, g).mul_(-rate) if ctx.needs_input_grad[2] else None
-        moved, grate = products_with(x, g).add_(gbias), None
+        moved, grate = products_with(x, g), None
+        if gbias:
+            moved.add_(gbias[0])
         if ctx.needs_input_grad[4]:
             grate = (moved * delta).sum((1, 2), keepdim=True).neg_().sum_to_size(rate.shape)
-        gdelta = moved.mul_(-rate)
-        return g.sum_to_size(ctx.shapes[0]), gbias.sum_to_size(ctx.shapes[1]), gx, gdelta, grate
+        own, shared = ctx.shapes
+        return g.sum_to_size(own), gbias[0].sum_to_size(shared) if gbias else None, gx, moved.mul_(-rate), grate
 
 
 class _ReluDelta(torch.autograd.Function):
@@ -140,6 +141,11 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def descend(weight: Tensor, bias: Tensor, x: Tensor, delta: Tensor, rate: Tensor | float) -> tuple[Tensor, Tensor]:
     """W − α xᵀ δ [b, d, h] and b − α Σ δ [b, 1, h], from shared weights [d, h], [h] or private ones."""
     return _Descend.apply(weight, bias, x, delta, rate)  # type: ignore[return-value]
+
+
+def descend_weight(weight: Tensor, x: Tensor, delta: Tensor, rate: Tensor | float) -> Tensor:
+    """The first of `descend`."""
+    return _Descend.apply(weight, None, x, delta, rate)  # type: ignore[return-value]
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from distmeta import config
 from distmeta.errors import RunError, UserError
+from distmeta.fields import nearest
 
 COMMANDS = {
     "prepare": "turn raw files into a dataset, or a dataset into tasks",
@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
             known = [s for a in self._actions for s in a.option_strings]
             word = next((u for u in unknown if u.startswith("-")), unknown[0]).split("=")[0]
             kind = "unknown argument" if word.startswith("-") else "unexpected word"
-            self.error(f"{kind} {word}{config.nearest(word, known)}")
+            self.error(f"{kind} {word}{nearest(word, known)}")
         return values
 
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
             )
             return 0
         if argv[0] not in COMMANDS:
-            near = config.nearest(argv[0], COMMANDS)
+            near = nearest(argv[0], COMMANDS)
             raise UserError(f"unknown command {argv[0]!r}{near}; commands: {' '.join(COMMANDS)}")
         command = importlib.import_module(f"distmeta.commands.{argv[0]}")
         return command.main(list(argv[1:])) or 0

@@ -4,47 +4,24 @@ YAML has the sections `method`, `data`, `train` and `method_options`; flags are 
 Defaults < the method's own defaults < `--config FILE` < flags. An unknown key is an error naming the nearest.
 """
 
-import argparse
 import dataclasses
-import difflib
-import math
-import types
-import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
 from distmeta.errors import UserError
+from distmeta.fields import build, nearest, option
+from distmeta.methods import entry
 from distmeta.storage import Location
 
-T = TypeVar("T")
 SECTIONS = ("method", "data", "train", "method_options")
 FREE = frozenset(
     {"data.data"}
     | {f"train.{k}" for k in ("run", "resume", "workers", "epochs", "patience", "checkpoint_steps", "threads", "gpu")}
 )
 """Keys that `--resume` may change; see `fixed`."""
-
-
-def option(
-    default: Any,
-    help: str,
-    choices: tuple[str, ...] | None = None,
-    *,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-) -> Any:
-    """A dataclass field with its default, the sentence that `--help` shows, and what it may be.
-
-    Args:
-        choices: the words it may be.
-        least, most: the smallest and the largest number it may be; `above`: a number it must exceed.
-    """
-    metadata = {"help": help, "choices": choices, "least": least, "above": above, "most": most}
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -113,108 +90,6 @@ class Config:
     train: TrainOptions = dataclasses.field(default_factory=TrainOptions)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """' (did you mean X?)' for the name most like `name`, or nothing."""
-    match = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {match[0]}?)" if match else ""
-
-
-def _plain_type(hint: Any) -> Any:
-    """The type a flag's text is converted to: T for T, for T | None and for tuple[T, ...]."""
-    if isinstance(hint, types.UnionType):
-        return _plain_type(next(a for a in typing.get_args(hint) if a is not type(None)))
-    return typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
-
-
-def add_flags(parser: argparse.ArgumentParser, section: type, title: str) -> None:
-    """Add one flag a field of the dataclass `section`, grouped under `title`; absent flags stay absent.
-
-    Choices and ranges are checked by `build`, the same way for flags and for YAML.
-    """
-    group = parser.add_argument_group(title)
-    hints = typing.get_type_hints(section)
-    for f in dataclasses.fields(section):
-        default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        kwargs: dict[str, Any] = {
-            "default": argparse.SUPPRESS,
-            "help": (f.metadata["help"] + (f" [{default}]" if default != "" else "")).replace("%", "%%"),
-        }
-        kind = _plain_type(hints[f.name])
-        if kind is bool:
-            kwargs |= {"action": argparse.BooleanOptionalAction}
-        elif typing.get_origin(hints[f.name]) is tuple:
-            kwargs |= {"type": kind, "nargs": "+", "metavar": "N"}
-        else:
-            kwargs |= {"type": kind, "metavar": "|".join(f.metadata["choices"] or (kind.__name__.upper(),))}
-        group.add_argument("--" + f.name.replace("_", "-"), **kwargs)
-
-
-def build(section: type[T], values: Mapping[str, Any], where: str, flags: bool = False) -> T:
-    """An instance of the dataclass `section` from `values`, each checked against its type, choices and range.
-
-    Args:
-        where: starts the sentence of an error (a file and section, or the command line).
-        flags: name keys as the command line does (--batch-size, not batch_size).
-
-    Raises:
-        UserError: a key that is no field (names the nearest), or a value of the wrong type or out of range.
-    """
-    hints = typing.get_type_hints(section)
-    known = {f.name: f for f in dataclasses.fields(section)}  # type: ignore[arg-type]
-    checked = {}
-    for key, value in values.items():
-        if key not in known:
-            raise UserError(
-                f"{where}: unknown key {key!r}{nearest(str(key), known)}; known: {' '.join(known) or 'none'}"
-            )
-        name = f"{where}: " + ("--" + key.replace("_", "-") if flags else key)
-        checked[key] = _checked(value, hints[key], name)
-        _in_range(checked[key], known[key].metadata, name)
-    return section(**checked)
-
-
-def _checked(value: Any, hint: Any, name: str) -> Any:
-    if isinstance(hint, types.UnionType):
-        return None if value is None else _checked(value, _plain_type(hint), name)
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list | tuple):
-            raise UserError(f"{name} must be a list, not {value!r}")
-        return tuple(_checked(v, typing.get_args(hint)[0], name) for v in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        kind = {
-            int: "a whole number",
-            float: "a number",
-            str: "text (put it in quotes)",
-            bool: "true or false",
-        }
-        raise UserError(f"{name} must be {kind.get(hint, hint.__name__)}, not {value!r}")
-    return value
-
-
-def _in_range(value: Any, limits: Mapping[str, Any], name: str) -> None:
-    choices = limits.get("choices")
-    for v in value if isinstance(value, tuple) else (value,):
-        if choices and v not in choices:
-            raise UserError(f"{name} is {v!r}{nearest(str(v), choices)}; choose one of {' '.join(choices)}")
-        if isinstance(v, float) and not math.isfinite(v):
-            raise UserError(f"{name} must be a finite number, not {v}")
-        for limit, broken, words in (
-            ("least", lambda v, x: v < x, "at least"),
-            ("above", lambda v, x: v <= x, "greater than"),
-            ("most", lambda v, x: v > x, "at most"),
-        ):
-            bound = limits.get(limit)
-            if bound is not None and v is not None and broken(v, bound):
-                raise UserError(f"{name} must be {words} {bound}, not {v}")
-
-
 def read_yaml(location: Location) -> dict[str, Any]:
     """The mapping in a YAML file (safe loader: a config cannot execute code).
 
@@ -250,8 +125,6 @@ def load(file: Location | None, method: str | None, flags: Mapping[str, Any], ba
     Raises:
         UserError: unknown method, section, key or flag, or a value of the wrong type or out of range.
     """
-    from distmeta.methods import entry  # the registry needs option() from here
-
     raw = read_yaml(file) if file else {}
     name = str(method or raw.get("method") or (base.method if base else "melu"))
     chosen = entry(name)

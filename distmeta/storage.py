@@ -33,7 +33,9 @@ class Location:
             try:
                 fs, path = pafs.FileSystem.from_uri(text)
             except (pa.ArrowInvalid, OSError) as e:
-                raise UserError(f"{text}: not a location that can be opened ({e}); give a path or a URI such as s3://bucket/folder") from None
+                raise UserError(
+                    f"{text}: cannot be opened ({e}); give a path or a URI like s3://bucket/folder"
+                ) from None
             return cls(fs, path)
         return cls(pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(text)))
 
@@ -113,7 +115,7 @@ class Location:
 
 @contextlib.contextmanager
 def writing(where: object) -> Iterator[None]:
-    """Turn the filesystem's refusals into a sentence: no permission is the user's to mend, a full disk fails the run."""
+    """Turn the filesystem's refusals into a sentence: no permission is the user's to mend, a full disk fails a run."""
     try:
         yield
     except OSError as e:

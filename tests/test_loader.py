@@ -19,7 +19,7 @@ from distmeta.data.collate import BLOCK_LEAST, BLOCK_MOST, Collator, block_bound
 from distmeta.data.loader import Loader, read_items
 from distmeta.data.schema import Dataset
 from distmeta.data.tasktable import TaskTable
-from distmeta.draws import hashed
+from distmeta.draws import hashed, uniform
 from distmeta.errors import UserError
 from distmeta.storage import Location
 from distmeta.tasks import TaskBatch
@@ -73,10 +73,11 @@ def stored(table: TaskTable, split: str) -> dict[int, dict[str, Any]]:
 
 
 def drawn(row: dict[str, Any], seed: int, epoch: int, most: int) -> Any:
-    """The definition: an episode has the `most` rows with the lowest keys; of its n rows the min(10, n // 2) with the
-    lowest keys are query; both sides in time order."""
-    keys = [int(hashed(seed, epoch, row["task"], r, purpose="episode")) for r in range(len(row["item"]))]
-    kept = sorted(sorted(range(len(keys)), key=keys.__getitem__)[:most])
+    """The definition: an episode is `most` rows in succession from a drawn one on; of its n rows the min(10, n // 2)
+    with the lowest keys are query; both sides in time order."""
+    rows = len(row["item"])
+    first = int(uniform(seed, epoch, row["task"], purpose="episode") * (rows - min(rows, most) + 1))
+    kept = range(first, first + min(rows, most))
     n = len(kept)
     keys = [int(hashed(seed, epoch, row["task"], r, purpose="query")) for r in range(n)]
     query = set(sorted(range(n), key=keys.__getitem__)[: min(10, n // 2)])

@@ -4,8 +4,8 @@ import importlib
 from collections.abc import Sequence
 
 from distmeta.cli import Parser
-from distmeta.config import nearest
 from distmeta.errors import UserError
+from distmeta.fields import nearest
 from distmeta.storage import Location
 
 BENCHMARKS = {

@@ -92,8 +92,14 @@ def terminal_table(found: Mapping[str, Any]) -> str:
     rows = [["MAE minus that of", *against]]
     for cohort in found["cohorts"]:
         intervals = [found["paired"][floor].get(cohort, {}).get("mae") for floor in against]
-        rows.append([cohort, *("–" if not i else f"{i[0]:+.4f} [{i[1]:+.4f}, {i[2]:+.4f}]" for i in intervals)])
+        rows.append([cohort, *map(_interval, intervals)])
     return "\n".join([*lines, "", *_aligned(rows)])
+
+
+def _interval(values: Sequence[float | None] | None) -> str:
+    """A difference with its interval, which a single task does not have."""
+    shown = ["–" if v is None else f"{v:+.4f}" for v in values or (None,)]
+    return shown[0] if len(shown) == 1 or shown[1] == "–" else f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

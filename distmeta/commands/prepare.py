@@ -5,9 +5,10 @@ import time
 from collections.abc import Callable, Sequence
 
 from distmeta.cli import Parser
-from distmeta.config import DataOptions, add_flags, build, nearest
+from distmeta.config import DataOptions
 from distmeta.data.schema import Dataset
 from distmeta.errors import UserError
+from distmeta.fields import add_flags, build, nearest
 from distmeta.storage import Location
 
 _HELP = """\
@@ -46,9 +47,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     name, rest = argv[0], argv[1:]
     if name not in _SOURCES:
-        raise UserError(
-            f"prepare: unknown source {name!r}{nearest(name, _SOURCES)}; sources: {' '.join(_SOURCES)}"
-        )
+        raise UserError(f"prepare: unknown source {name!r}{nearest(name, _SOURCES)}; sources: {' '.join(_SOURCES)}")
     return _SOURCES[name](rest)
 
 
@@ -116,9 +115,7 @@ def _table(argv: Sequence[str]) -> int:
         "example: python -m jobs.prepare table --spec shop.yaml --raw exports --out data/shop",
     )
     parser.add_argument("--spec", required=True, metavar="FILE", help="the YAML file")
-    parser.add_argument(
-        "--raw", metavar="DIR", help="folder that the spec's files are relative to [the spec's own]"
-    )
+    parser.add_argument("--raw", metavar="DIR", help="folder that the spec's files are relative to [the spec's own]")
     _add_out(parser)
     args = parser.parse(argv)
     spec = Location.of(args.spec)
@@ -143,9 +140,7 @@ def _synthetic(argv: Sequence[str]) -> int:
         ("--clusters", int, 4, "groups of users, and of items"),
         ("--factors", int, 4, "length of the factors"),
     ):
-        parser.add_argument(
-            flag, type=kind, default=default, metavar=kind.__name__.upper(), help=f"{text} [{default}]"
-        )
+        parser.add_argument(flag, type=kind, default=default, metavar=kind.__name__.upper(), help=f"{text} [{default}]")
     parser.add_argument(
         "--per-user", type=int, nargs=2, default=(20, 60), metavar=("LOW", "HIGH"),
         help="fewest and most ratings of a user [20 60]",
@@ -176,9 +171,7 @@ def _tasks(argv: Sequence[str]) -> int:
     from distmeta.data import protocols, tasktable
 
     start = time.perf_counter()
-    made = tasktable.make(
-        Location.of(data.data), data.protocol, data.split_seed, protocols.protocol_options(data)
-    )
+    made = tasktable.make(Location.of(data.data), data.protocol, data.split_seed, protocols.protocol_options(data))
     for why, n in made.dropped.items():
         print(f"dropped  {n:,} {why.replace('_', ' ')}")
     for split, counts in made.counts.items():
@@ -203,9 +196,7 @@ def _make(out: str, source: Callable[[Location], Dataset]) -> int:
     if "bayes" in extra:
         print("bayes    " + ", ".join(f"{metric} {value:.4f}" for metric, value in extra["bayes"].items()))
     for side, fields in (("user", dataset.user_fields), ("item", dataset.item_fields)):
-        sizes = ", ".join(
-            f.name if f.type == "numeric" else f"{f.name} ({f.size - 1:,} values)" for f in fields
-        )
+        sizes = ", ".join(f.name if f.type == "numeric" else f"{f.name} ({f.size - 1:,} values)" for f in fields)
         print(f"{side:<9}{sizes or 'no fields'}")
     print(f"wrote    {dataset.users:,} users, {dataset.items:,} items, {dataset.interactions:,} interactions")
     print(f"dataset  {where} ({time.perf_counter() - start:.1f} s)")

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from distmeta import config as config_module
 from distmeta.cli import Parser
-from distmeta.config import Config, DataOptions, TrainOptions, add_flags
+from distmeta.config import Config, DataOptions, TrainOptions
 from distmeta.errors import UserError
+from distmeta.fields import add_flags
 from distmeta.methods import FLOORS, METHODS, entry
 from distmeta.parallel import rundir
 from distmeta.storage import Location

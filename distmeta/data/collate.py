@@ -134,24 +134,17 @@ class Collator:
         return TaskBatch(torch.from_numpy(unique), blocks, self.seed, epoch)
 
     def _episode(self, chosen: Ints, epoch: int) -> Ints:
-        """Positions (flat) of the episodes' rows: all rows, or of a long task `episode_rows` drawn, in time order."""
-        t = self.tasks
-        start, count = t.offsets[chosen], self._rows[chosen]
-        source = np.arange(int(count.sum())) + np.repeat(start - (np.cumsum(count) - count), count)
-        long = count > self._count[chosen]
-        if not long.any():
-            return source
-        owner = np.repeat(np.arange(len(chosen)), count)
-        candidate = np.flatnonzero(long[owner])
-        own = owner[candidate]
-        row = source[candidate] - start[own]
-        keys = draws.hashed(self.seed, epoch if self.redraw else 0, t.task[chosen[own]], row, purpose="episode")
-        # one sort for all tasks, flat: a padded matrix would be as wide as the longest history
-        order = np.argsort((own.astype(np.uint64) << np.uint64(40)) | (keys >> np.uint64(24)))
-        position = np.arange(len(order)) - np.repeat(np.cumsum(count[long]) - count[long], count[long])
-        keep = ~long[owner]
-        keep[candidate[order[position < self.episode_rows]]] = True
-        return source[keep]
+        """Positions (flat) of the episodes' rows: all of a task's, or of a long task `episode_rows` in succession.
+
+        In succession, because what a new user rates first is such a run too: neighbours in time are alike.
+        """
+        count = self._count[chosen]
+        spare = self._rows[chosen] - count
+        start = self.tasks.offsets[chosen]
+        if spare.any():
+            u = draws.uniform(self.seed, epoch if self.redraw else 0, self.tasks.task[chosen], purpose="episode")
+            start = start + (u * (spare + 1)).astype(np.int64)
+        return np.arange(int(count.sum())) + np.repeat(start - (np.cumsum(count) - count), count)
 
     def _query(self, chosen: Ints, count: Ints, before: Ints, source: Ints, epoch: int) -> NDArray[np.bool_]:
         """Which rows (flat) are query rows: as stored, or where drawn those with the task's lowest keys."""

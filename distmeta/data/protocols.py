@@ -14,8 +14,9 @@ import polars as pl
 from numpy.typing import NDArray
 
 from distmeta import draws
-from distmeta.config import DataOptions, nearest
+from distmeta.config import DataOptions
 from distmeta.errors import UserError
+from distmeta.fields import nearest
 from distmeta.storage import Location
 
 SPLITS = ("train", "valid", "test", "seen")

@@ -4,8 +4,8 @@ import importlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from distmeta.config import nearest
 from distmeta.errors import UserError
+from distmeta.fields import nearest
 from distmeta.methods import options
 
 if TYPE_CHECKING:

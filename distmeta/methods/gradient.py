@@ -23,7 +23,7 @@ from distmeta.tasks import Bag, TaskBatch, TaskBlock
 
 
 class GradientMethod(Method):
-    """Embeddings of the user's and the item's fields, a decision MLP, and k inner steps on the support's squared error."""
+    """Embeddings of user and item fields, a decision MLP, and k inner steps on the support's squared error."""
 
     def __init__(self, options: Any, dataset: Dataset, items: dict[str, Bag]) -> None:
         super().__init__(options, dataset, items)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from distmeta.config import option
+from distmeta.fields import option
 
 
 @dataclass(frozen=True)

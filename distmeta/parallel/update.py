@@ -79,7 +79,6 @@ def build_method(config: Config, dataset: Dataset, items: dict[str, Bag], device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         method = method_class(config.method)(config.method_options, dataset, items)
-    method.item_bags = {name: bag.to(device) for name, bag in items.items()}
     return method.to(device)
 
 

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import yaml
 
-from distmeta.config import build, nearest, option
 from distmeta.data.schema import Dataset, FieldType, Label
 from distmeta.data.sources.lines import known, last_of_pairs, refuse
 from distmeta.data.write import clear_place, write_dataset
 from distmeta.errors import UserError
+from distmeta.fields import build, nearest, option
 from distmeta.storage import Location
 
 EXAMPLE = """\

@@ -117,7 +117,9 @@ def test_caveat_1_first_order_carries_no_graph_of_the_support():
     encoded = first.embedding.encode(batch)
     fast = first.fast_weights(batch.blocks[0], encoded)
     for dual in fast.linear.values():
-        stored = list(dual.weights) if hasattr(dual, "weights") else [p.rows() for pair in dual.pairs for p in pair.x.parts]
+        stored = (
+            list(dual.weights) if hasattr(dual, "weights") else [p.rows() for pair in dual.pairs for p in pair.x.parts]
+        )
         rates = {id(first.log_rate.grad_fn)}
         assert all(t.grad_fn is None or id(t.grad_fn) not in rates for t in stored)
     for pair in (pair for dual in fast.linear.values() if hasattr(dual, "pairs") for pair in dual.pairs):
@@ -262,3 +264,71 @@ def test_overlap_equals_the_product_of_the_hot_matrices(size):
     one = Bag(index[:, :, :1], None)
     hot_one = torch.stack([oracle.hot(Bag(index[b, :, :1], None), size) for b in range(2)])
     torch.testing.assert_close(overlap(one, bag, size, torch.float64), hot_one @ hot.transpose(1, 2))
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.1])
+@pytest.mark.parametrize("form", ["dual", "private"])
+@pytest.mark.parametrize("adapted", [(0, 1, 2, 3), (1, 3), (2,), (3,)])
+def test_a_chain_equals_its_layers_one_by_one(slope, form, adapted):
+    """chain.py's reverse pass against autograd through `relu` and `linear`: values, δ, and gradients of everything,
+    learned and personal rates included, whichever layers adapt."""
+    torch.manual_seed(0)
+    layers = [Linear(a, b).double() for a, b in ((4, 6), (6, 5), (5, 5), (5, 1))]
+    rows = oracle.rows([4, 2, 3], torch.Generator().manual_seed(1))
+    x, q = (torch.randn(3, n, 4, dtype=torch.float64, requires_grad=True) for n in (4, 5))
+    personal = torch.rand(3, 1, 1, dtype=torch.float64).mul(0.1).requires_grad_()
+    learned = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
+    rates = {layers[i]: (personal, learned, 0.07, learned)[i] for i in adapted}
+    leaves = [p for layer in layers for p in layer.parameters()] + [x, q, personal, learned]
+
+    def chained(tape: Tape, node: Node) -> Node:
+        return tape.chain(layers[1:], tape.linear(layers[0], node), slope)
+
+    def one_by_one(tape: Tape, node: Node) -> Node:
+        node = tape.linear(layers[0], node)
+        for layer in layers[1:]:
+            node = tape.linear(layer, tape.relu(node, slope))
+        return node
+
+    results = []
+    for forward in (chained, one_by_one):
+        support, query = Node(Dense(x), needs=False), Node(Dense(q), needs=False)
+        fast = adapt(partial(forward, node=support), rows, rates, steps=3, first_order=False, plan=Plan(3, 5, form))
+        scores = forward(Tape(fast), query).part.rows()
+        results.append((scores, torch.autograd.grad(scores.square().sum(), leaves, allow_unused=True)))
+    (a, gradients), (b, expected) = results
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    for g, e in zip(gradients, expected, strict=True):
+        assert (g is None or not g.any()) if e is None else g is not None
+        if e is not None:
+            torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("hidden", [(), (6,), (6, 5, 4)])
+def test_any_depth_equals_plain_autograd(hidden):
+    o = replace(options.MetaCS(), embedding=3, hidden=hidden, local_lr=0.03, steps=2)
+    m = oracle.build(MetaCS, o)
+    batch = oracle.batch(*RAGGED)
+    ours, theirs = m.loss(batch), oracle.losses(m, batch)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    close(oracle.gradients(ours, m), oracle.gradients(theirs, m))
+
+
+def test_the_choice_of_forms_is_the_measured_one():
+    """The fastest combination on one core at 256-64-64-1 (see cost.py): upper layer dual or private, by S and T."""
+    upper = Linear(64, 64)
+    moving = Features(Dense(torch.zeros(2, 30, 64)))
+    fastest_private = {(30, 1): False, (30, 2): True, (30, 5): True, (15, 1): False, (15, 2): False, (15, 5): True}
+    for (s, t), private in fastest_private.items():
+        assert Plan(t, 10 if s == 30 else 5).private(upper, moving, s) == private, (s, t)
+    assert Plan(1, 10).private(Linear(64, 1), moving, 30)
+
+
+def test_a_change_of_the_weights_after_the_pass_does_not_pass_for_their_gradient():
+    """The chain saves what it differentiates by: weights overwritten before the reverse pass are refused."""
+    m = method("melu")
+    loss = m.loss(oracle.batch(*RAGGED)).sum()
+    with torch.no_grad():
+        list(m.decision)[1].weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

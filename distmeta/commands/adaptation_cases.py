@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from distmeta.adaptation.cost import Plan
 from distmeta.adaptation.features import Dense
 from distmeta.adaptation.inner import adapt, squared_error
+from distmeta.adaptation.maps import Map
 from distmeta.adaptation.tape import Node, Tape
 from distmeta.commands import adaptation_baselines as baselines
 from distmeta.commands.benchmark_adaptation import LR
@@ -48,8 +50,8 @@ def plain(b: int, s: int, q: int, d: int, h: int, steps: int, double: bool = Fal
     net = Decision(d, (h, h)).to(dtype)
     sides = [(torch.randn(b, n, d, dtype=dtype), torch.randn(b, n, dtype=dtype)) for n in (s, q)]
     support, query = (Rows(torch.zeros(b, 0), y, torch.ones(y.shape, dtype=torch.bool)) for _, y in sides)
-    leaves = list(net.parameters())
-    rates = dict.fromkeys(net, LR)
+    leaves: list[Tensor] = list(net.parameters())
+    rates: dict[Map, float] = dict.fromkeys(net, LR)
 
     def engine(form: str) -> Sequence[Tensor]:
         x, z = (Node(Dense(x), needs=False) for x, _ in sides)
@@ -59,7 +61,8 @@ def plain(b: int, s: int, q: int, d: int, h: int, steps: int, double: bool = Fal
         return torch.autograd.grad(squared_error(scores, query).sum(), leaves)
 
     inputs: list[baselines.Side] = [([(x, None)], y) for x, y in sides]
-    return {name: lambda form=form: engine(form) for name, form in FORMS.items()} | {
+    variants: dict[str, Variant] = {name: partial(engine, form) for name, form in FORMS.items()}
+    return variants | {
         "vmap": lambda: baselines.vmapped([], leaves, 0, steps, LR, inputs[0], inputs[1], leaves),
         "loop": lambda: baselines.loop([], leaves, 0, steps, LR, inputs[0], inputs[1]),
     }
@@ -119,7 +122,7 @@ class _Baselines:
         self.rows = [torch.cat([getattr(b, side).item for b in batch]) for side in ("support", "query")]
         self.labels = [torch.cat([getattr(b, side).label for b in batch]) for side in ("support", "query")]
         self.sides = [(self._inputs(r), y) for r, y in zip(self.rows, self.labels, strict=True)]
-        self.values, *local = baselines.touched(*(inputs for inputs, _ in self.sides))
+        self.values, *local = baselines.touched(self.sides[0][0], self.sides[1][0])
         self.local = [(inputs, y) for inputs, y in zip(local, self.labels, strict=True)]
 
     def variants(self) -> dict[str, Variant]:
@@ -129,7 +132,7 @@ class _Baselines:
 
     def loop(self, tasks: slice = slice(None)) -> Sequence[Tensor]:
         fixed, fast = ([], self.tables + self.weights) if self.adapted else (self.tables, self.weights)
-        sides = [
+        sides: list[baselines.Side] = [
             ([(i[tasks], None if w is None else w[tasks]) for i, w in inputs], y[tasks]) for inputs, y in self.sides
         ]
         return baselines.loop(fixed, fast, len(self.tables) * self.adapted, self.steps, self.lr, sides[0], sides[1])
@@ -156,13 +159,15 @@ class _Baselines:
         )
 
     def _vmap_tables(self) -> Sequence[Tensor]:
-        fast = self.tables + self.weights
-        return baselines.vmapped([], fast, len(self.tables), self.steps, self.lr, self.sides[0], self.sides[1], fast)
+        return self._vmap(self.sides, [], self.tables + self.weights, len(self.tables))
 
     def _vmap_rows(self) -> Sequence[Tensor]:
         own = [F.embedding(v, t) for v, t in zip(self.values, self.tables, strict=True)]
+        return self._vmap(self.local, own, self.weights, 0)
+
+    def _vmap(self, sides: list[baselines.Side], rows: list[Tensor], fast: list[Tensor], tables: int) -> list[Tensor]:
         leaves = self.tables + self.weights
-        return baselines.vmapped(own, self.weights, 0, self.steps, self.lr, self.local[0], self.local[1], leaves)
+        return baselines.vmapped(rows, fast, tables, self.steps, self.lr, sides[0], sides[1], leaves)
 
     def _inputs(self, rows: Tensor) -> baselines.Inputs:
         users = [

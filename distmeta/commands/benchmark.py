@@ -10,7 +10,8 @@ from distmeta.storage import Location
 
 BENCHMARKS = {
     "adaptation": "the inner loop: dual form against private matrices, vmap and a loop over tasks",
-    "input": "task tables: tasks a second, read, permuted and padded",
+    "input": "task tables: users a second, read, permuted and padded",
+    "methods": "training end to end on a dataset: users a second of each method, and its wait for input",
 }
 _HELP = (
     "usage: benchmark NAME [--json FILE] [...]\n\n"

@@ -16,6 +16,7 @@ from distmeta.adaptation.inner import adapt, squared_error, squared_error_delta
 from distmeta.adaptation.maps import Linear, Table
 from distmeta.adaptation.overlap import overlap
 from distmeta.adaptation.tape import Node, Tape
+from distmeta.errors import RunError
 from distmeta.methods import options
 from distmeta.methods.melu import MeLU
 from distmeta.methods.metacs import MetaCS
@@ -332,3 +333,15 @@ def test_a_change_of_the_weights_after_the_pass_does_not_pass_for_their_gradient
         list(m.decision)[1].weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_the_benchmark_compares_equal_gradients_and_refuses_others():
+    from distmeta.commands import adaptation_cases, benchmark_adaptation
+
+    for model in ("whole", "embeddings"):
+        variants = adaptation_cases.whole(model, 2, steps=2, double=True).variants
+        benchmark_adaptation.check(variants, model)
+        off = {name: v for name, v in variants.items() if name == "loop"}
+        off["auto"] = lambda v=variants["auto"]: [g * (1 + 1e-6) for g in v()]
+        with pytest.raises(RunError, match="auto and loop differ"):
+            benchmark_adaptation.check(off, model)

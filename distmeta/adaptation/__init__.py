@@ -5,6 +5,8 @@ features.py  rows of features before they are expanded: per task, gathered from 
 overlap.py   inner products of weighted bags of indices (a table's Gram matrix)
 fast.py      fast weights of a block of tasks: dual pairs or private weights, map by map
 cost.py      which of the two forms a layer gets
+chain.py     ReLU and dense layer in turn, as two autograd nodes with a reverse pass written out
+products.py  batched products and steps whose gradients are written out
 tape.py      a forward pass that can write its own δ in differentiable operations
 inner.py     the loop: steps, order, rates
 """

@@ -70,6 +70,11 @@ class TrainOptions:
     )
     weight_decay: float = option(0.0, "Decoupled weight decay of the meta-update (AdamW).", least=0)
     clip: float = option(10.0, "Largest norm of a meta-gradient; 0 leaves it alone.", least=0)
+    query_rows: int = option(
+        0,
+        "Query rows drawn of a training task, where the protocol leaves it open; 0: as many as it evaluates.",
+        least=0,
+    )
     redraw_query: bool = option(
         True, "Draw each training task's query anew every epoch, where the protocol leaves it open."
     )

@@ -158,7 +158,7 @@ def test_one_without_manifest_does_not_count_and_is_swept_up(run, small):
         (lambda f: rewrite(f, format=99), ["format version 99", "reads 1"]),
         (lambda f: rewrite(f, method="metacs"), ["holds metacs, not melu"]),
         (lambda f: rewrite(f, split_hash="0" * 64), ["another split", "--data"]),
-        (lambda f: rewrite(f, config={"train.lr": 0.25}), ["config.yaml: train.lr is 0.001", "trained with 0.25"]),
+        (lambda f: rewrite(f, config={"train.lr": 0.25}), ["config.yaml: train.lr is 0.002", "trained with 0.25"]),
         (lambda f: replace_tensors(f, "params", lambda t: t.pop("log_rate")), ["no tensor log_rate"]),
         (lambda f: replace_tensors(f, "params", lambda t: t.update(x=torch.ones(1))), ["tensor x is unknown"]),
         (

@@ -43,7 +43,7 @@ def failing(capsys, argv: list[str], status: int = 2) -> str:
         (["train", "--resume", "--run", "nowhere"], ["nowhere: no run here"]),
         (["train", "--config", "nowhere.yaml"], ["nowhere.yaml: no such config file"]),
         (["train", "--data", "nowhere"], ["nowhere", "no dataset here", "jobs.prepare"]),
-        (["train", "--data", "ftp://x/y"], ["ftp://x/y", "not a location"]),
+        (["train", "--data", "ftp://x/y"], ["ftp://x/y", "cannot be opened"]),
         (["evaluate"], ["--run"]),
         (["evaluate", "--run", "nowhere"], ["nowhere: no run here"]),
         (["evaluate", "--rnu", "x"], ["--run"]),
@@ -132,4 +132,4 @@ def test_benchmark_writes_its_rows(capsys, monkeypatch, tmp_path):
     assert cli.main(["benchmark", "input", "--users", "5", "--json", str(file), "--epochs", "2"]) == 0
     assert seen == [["--users", "5", "--epochs", "2"]]
     assert json.loads(file.read_text()) == rows
-    assert set(benchmark.BENCHMARKS) == {"adaptation", "input"}
+    assert set(benchmark.BENCHMARKS) == {"adaptation", "input", "methods"}

@@ -93,8 +93,8 @@ def test_evaluate_gives_the_same_numbers_again(finished, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["train", "--lr", "0.5"], "was started with train.lr = 0.001, not 0.5"),
-        (["train", "--steps", "3"], "was started with method_options.steps = 1, not 3"),
+        (["train", "--lr", "0.5"], "was started with train.lr = 0.002, not 0.5"),
+        (["train", "--steps", "3"], "was started with method_options.steps = 5, not 3"),
         (["train", "--split-seed", "1"], "was started with data.split_seed = 0, not 1"),
         (["train", "metacs"], "was started with method = 'melu', not 'metacs'"),
         (["train", "--epochs", "2", "--lr-decay", "0.5"], "was started with train.lr_decay = 1.0, not 0.5"),

@@ -77,6 +77,9 @@ def evaluate(config: Config, run: Location, place: Location, dataset: Dataset, t
     report.write(run, found, read_metrics(run), config_module.to_yaml(config), dataset, errors)
     print(f"\nbest checkpoint: step {best.step}")
     print(terminal_table(found))
+    if bayes := dataset.extra.get("bayes"):
+        best = ", ".join(f"{metric} {value:.4f}" for metric, value in bayes.items())
+        print(f"\nbest possible on this dataset, for one who knows every noise-free score: {best}")
     print(f"\nreport   {run / 'report.html'}")
 
 

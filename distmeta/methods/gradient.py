@@ -19,7 +19,16 @@ from distmeta.adaptation.tape import Node, Tape
 from distmeta.data.schema import Dataset
 from distmeta.methods.base import Method
 from distmeta.networks import Decision, Embedding, Encoded, ItemPlace, UserPlace
-from distmeta.tasks import Bag, TaskBatch, TaskBlock
+from distmeta.tasks import Bag, Rows, TaskBatch, TaskBlock
+
+
+def absolute_error(prediction: Tensor, rows: Rows) -> Tensor:
+    """Mean absolute error of each task over its real rows: [b] from predictions [b, R]; 0 for a task without rows."""
+    count = rows.mask.sum(1).clamp(min=1)
+    return ((prediction - rows.label).abs() * rows.mask).sum(1) / count
+
+
+QUERY_LOSSES = {"squared": squared_error, "absolute": absolute_error}
 
 
 class GradientMethod(Method):
@@ -70,10 +79,8 @@ class GradientMethod(Method):
 
     def loss(self, batch: TaskBatch) -> Tensor:
         encoded = self.embedding.encode(batch)
-        losses = [
-            squared_error(self.scores(block, encoded, self.fast_weights(block, encoded)), block.query)
-            for block in batch
-        ]
+        error = QUERY_LOSSES[self.options.query_loss]
+        losses = [error(self.scores(block, encoded, self.fast_weights(block, encoded)), block.query) for block in batch]
         return torch.cat(losses) if losses else self.log_rate.new_zeros(0)
 
     @torch.no_grad()

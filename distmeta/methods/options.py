@@ -42,9 +42,14 @@ class Gradient:
     embedding: int = option(32, "Width of a field's embedding.")
     hidden: tuple[int, ...] = option((64, 64), "Widths of the decision MLP's hidden layers.")
     item_ids: bool = option(False, "Use the item's id as a feature too; the papers use content alone.")
-    steps: int = option(1, "Inner gradient steps on the support.")
-    local_lr: float = option(0.01, "Inner step size; where it is learned, what it starts from.")
+    steps: int = option(5, "Inner gradient steps on the support; MeLU's paper takes 1.")
+    local_lr: float = option(0.1, "Inner step size; where it is learned, what it starts from.")
     learn_rates: bool = option(True, "Learn the inner step size of each layer.")
+    query_loss: str = option(
+        "squared",
+        "Query loss of the meta-update: squared, as the papers', or absolute, which is what MAE measures.",
+        ("squared", "absolute"),
+    )
     first_order: bool = option(False, "Leave the derivative of the inner gradients out of the meta-gradient.")
     form: str = option(
         "auto", "Fast weights: auto by cost, dual pairs or private matrices.", ("auto", "dual", "private")

@@ -8,6 +8,7 @@ for bit.
 """
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -72,7 +73,8 @@ def train(
         method = build_method(config, dataset, items, device)
         o = config.train
         shared: dict[str, Any] = {"seed": o.seed, "rank": exchange.rank, "world": exchange.world}
-        tasks = Loader(table, dataset, "train", o.batch_size, redraw=o.redraw_query, **shared)
+        drawn = dataclasses.replace(table, query_rows=o.query_rows or table.query_rows)
+        tasks = Loader(drawn, dataset, "train", o.batch_size, redraw=o.redraw_query, **shared)
         valid = Loader(table, dataset, "valid", o.batch_size, redraw=False, **shared)
         if not tasks.n_tasks:
             raise UserError(f"{table.location}: no training tasks; choose another --protocol or a larger dataset")

@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
     """
     parser = Parser(
         prog="benchmark methods",
-        description="Trains each method for some epochs with the real loop (prefetching loader, meta-update, validation,"
+        description="Trains each method for some epochs with the real loop (prefetch, meta-update, validation,"
         " checkpoints) and gives the median users a second of the epochs after the first, validation and checkpoints"
         " left out, and the share of that time spent waiting for input.",
     )

@@ -1,7 +1,8 @@
 """`evaluate`: the best checkpoint of a run on tasks it has not seen, beside the floors; evaluation.json and report."""
 
+import argparse
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distmeta import config as config_module
 from distmeta import process
@@ -14,6 +15,11 @@ from distmeta.errors import UserError
 from distmeta.methods import FLOORS
 from distmeta.parallel import rundir
 from distmeta.storage import Location
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    Frames = tuple[pl.DataFrame, dict[str, pl.DataFrame]]
 
 _SHOWN = ("mae", "mse", "rmse", "ndcg@1", "ndcg@3")
 """Metrics of the table on the terminal; evaluation.json has more."""
@@ -28,27 +34,41 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="evaluate",
         description="Evaluate the best checkpoint of a run on the tasks of its test split, and write\n"
-        "RUN/evaluation.json and RUN/report.html.",
-        epilog="example: python -m jobs.evaluate --run runs/first",
+        "RUN/evaluation.json and RUN/report.html. Several runs, of several split seeds say, are\n"
+        "also judged together: the paired differences of all their tasks, by cohort.",
+        epilog="examples:\n  python -m jobs.evaluate --run runs/first\n"
+        "  python -m jobs.evaluate --run runs/split-0 runs/split-1 runs/split-2",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--run", required=True, metavar="RUN", help="run directory or URI, made by `train`")
-    parser.add_argument("--data", metavar="DATASET", help="where the run's dataset lies now, if it was moved")
+    parser.add_argument(
+        "--run", required=True, nargs="+", metavar="RUN", help="run directories or URIs, made by `train`"
+    )
+    parser.add_argument("--data", metavar="DATASET", help="where the runs' dataset lies now, if it was moved")
     args = parser.parse(argv)
-    run = Location.of(args.run)
-    config = rundir.stored(run)
-    place = Location.of(args.data or config.data.data)
-    dataset = Dataset.open(place)
-    table = tasktable.make(place, config.data.protocol, config.data.split_seed, protocols.protocol_options(config.data))
-    process.prepare(config.train.threads)
-    evaluate(config, run, place, dataset, table)
+    found: list[Frames] = []
+    for run in map(Location.of, args.run):
+        config = rundir.stored(run)
+        place = Location.of(args.data or config.data.data)
+        dataset = Dataset.open(place)
+        options = protocols.protocol_options(config.data)
+        table = tasktable.make(place, config.data.protocol, config.data.split_seed, options)
+        process.prepare(config.train.threads)
+        if len(args.run) > 1:
+            print(f"\n{run}")
+        found.append(evaluate(config, run, place, dataset, table))
+    if len(found) > 1:
+        print(f"\nall {len(found)} runs together\n{pooled_table(found)}")
     return 0
 
 
-def evaluate(config: Config, run: Location, place: Location, dataset: Dataset, table: TaskTable) -> None:
+def evaluate(config: Config, run: Location, place: Location, dataset: Dataset, table: TaskTable) -> "Frames":
     """Write RUN/evaluation.json and RUN/report.html from the run's best checkpoint, and print a table.
 
     Args:
         place: where `dataset` lies. table: its tasks, as the run was trained on.
+
+    Returns:
+        Per-task metrics of the method, and of each floor by name.
 
     Raises:
         UserError: there is no checkpoint, it is damaged, or of another split. RunError: a prediction is not finite.
@@ -81,6 +101,7 @@ def evaluate(config: Config, run: Location, place: Location, dataset: Dataset, t
         best = ", ".join(f"{metric} {value:.4f}" for metric, value in bayes.items())
         print(f"\nbest possible on this dataset, for one who knows every noise-free score: {best}")
     print(f"\nreport   {run / 'report.html'}")
+    return frame, floors
 
 
 def terminal_table(found: Mapping[str, Any]) -> str:
@@ -97,6 +118,24 @@ def terminal_table(found: Mapping[str, Any]) -> str:
         intervals = [found["paired"][floor].get(cohort, {}).get("mae") for floor in against]
         rows.append([cohort, *map(_interval, intervals)])
     return "\n".join([*lines, "", *_aligned(rows)])
+
+
+def pooled_table(found: Sequence["Frames"]) -> str:
+    """Paired differences in MAE of several runs' tasks together, by cohort of the test split, to each floor."""
+    from distmeta.evaluation import significance
+
+    first, floors = found[0]
+    rows = [["MAE minus that of", *floors]]
+    for cohort in ["all", *first["cohort"].unique().sort()]:
+        pairs = {f: [(_cohort(a, cohort), _cohort(b[f], cohort)) for a, b in found] for f in floors}
+        if len(pairs[next(iter(floors))][0][0]):
+            rows.append([cohort, *(_interval(significance.pooled(pairs[f])["mae"]) for f in floors)])
+    return "\n".join(_aligned(rows))
+
+
+def _cohort(frame: "pl.DataFrame", name: str) -> "pl.DataFrame":
+    test = frame.filter(frame["split"] == "test")
+    return test if name == "all" else test.filter(test["cohort"] == name)
 
 
 def _interval(values: Sequence[float | None] | None) -> str:

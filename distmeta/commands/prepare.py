@@ -175,7 +175,8 @@ def _tasks(argv: Sequence[str]) -> int:
     for why, n in made.dropped.items():
         print(f"dropped  {n:,} {why.replace('_', ' ')}")
     for split, counts in made.counts.items():
-        print(f"{split:<9}" + ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in counts.items()))
+        cohorts = ", ".join(f"{name} {c['tasks']:,}" for name, c in made.cohorts.get(split, {}).items())
+        print(f"{split:<9}{counts['tasks']:,} tasks, {counts['rows']:,} rows" + (f" ({cohorts})" if cohorts else ""))
     print(f"split    {made.split_hash}")
     print(f"tasks    {made.location} ({time.perf_counter() - start:.1f} s)")
     return 0

@@ -22,24 +22,25 @@ from torch.nn import functional as F
 from distmeta.adaptation.products import product_transposed, products_with, through, transposed_product, weight_gradient
 
 Gradients = tuple[Tensor | None, ...]
+Kept = tuple[Tensor, ...]
 
 
 class Form(Protocol):
     """W' [d, h] and b' of a layer, as products: arithmetic on tensors without a graph."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x W' + b' [b, R, h], in memory of its own."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
+        """x W' + b' [b, R, h], in memory of its own, and what `forward_gradients` wants of it again."""
         ...
 
-    def back(self, delta: Tensor) -> Tensor:
-        """δ W'ᵀ [b, R, d], in memory of its own."""
+    def back(self, delta: Tensor) -> tuple[Tensor, Kept]:
+        """δ W'ᵀ [b, R, d], in memory of its own, and what `back_gradients` wants of it again."""
         ...
 
-    def forward_gradients(self, x: Tensor, g: Tensor) -> tuple[Tensor, Gradients]:
+    def forward_gradients(self, x: Tensor, g: Tensor, kept: Kept) -> tuple[Tensor, Gradients]:
         """From ∂/∂(x W' + b'): ∂/∂x, in memory of its own, and ∂/∂ of each tensor that makes up the form."""
         ...
 
-    def back_gradients(self, delta: Tensor, e: Tensor) -> tuple[Tensor, Gradients]:
+    def back_gradients(self, delta: Tensor, e: Tensor, kept: Kept) -> tuple[Tensor, Gradients]:
         """From ∂/∂(δ W'ᵀ): ∂/∂δ, in memory of its own, and ∂/∂ of each tensor that makes up the form."""
         ...
 
@@ -51,19 +52,19 @@ class Shared:
         self.weight = weight
         self.bias = bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.t(), self.bias)
+    def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
+        return F.linear(x, self.weight.t(), self.bias), ()
 
-    def back(self, delta: Tensor) -> Tensor:
+    def back(self, delta: Tensor) -> tuple[Tensor, Kept]:
         if delta.shape[-1] == 1:  # an outer product, which needs no product of matrices
-            return delta * self.weight.view(-1)
-        return torch.matmul(delta, self.weight.t())
+            return delta * self.weight.view(-1), ()
+        return torch.matmul(delta, self.weight.t()), ()
 
-    def forward_gradients(self, x: Tensor, g: Tensor) -> tuple[Tensor, Gradients]:
+    def forward_gradients(self, x: Tensor, g: Tensor, kept: Kept = ()) -> tuple[Tensor, Gradients]:
         flat = g.flatten(0, 1)
-        return self.back(g), (weight_gradient(x.flatten(0, 1), flat), flat.sum(0))
+        return self.back(g)[0], (weight_gradient(x.flatten(0, 1), flat), flat.sum(0))
 
-    def back_gradients(self, delta: Tensor, e: Tensor) -> tuple[Tensor, Gradients]:
+    def back_gradients(self, delta: Tensor, e: Tensor, kept: Kept = ()) -> tuple[Tensor, Gradients]:
         return torch.matmul(e, self.weight), (torch.mm(e.flatten(0, 1).t(), delta.flatten(0, 1)), None)
 
 
@@ -74,18 +75,18 @@ class Private:
         self.weight = weight
         self.bias = bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
         if self.weight.shape[2] == 1:
-            return products_with(x, self.weight).add_(self.bias)
-        return torch.baddbmm(self.bias, x, self.weight)
+            return products_with(x, self.weight).add_(self.bias), ()
+        return torch.baddbmm(self.bias, x, self.weight), ()
 
-    def back(self, delta: Tensor) -> Tensor:
-        return product_transposed(delta, self.weight)
+    def back(self, delta: Tensor) -> tuple[Tensor, Kept]:
+        return product_transposed(delta, self.weight), ()
 
-    def forward_gradients(self, x: Tensor, g: Tensor) -> tuple[Tensor, Gradients]:
-        return self.back(g), (transposed_product(x, g), g.sum(1, keepdim=True))
+    def forward_gradients(self, x: Tensor, g: Tensor, kept: Kept) -> tuple[Tensor, Gradients]:
+        return self.back(g)[0], (transposed_product(x, g), g.sum(1, keepdim=True))
 
-    def back_gradients(self, delta: Tensor, e: Tensor) -> tuple[Tensor, Gradients]:
+    def back_gradients(self, delta: Tensor, e: Tensor, kept: Kept) -> tuple[Tensor, Gradients]:
         return products_with(e, self.weight), (transposed_product(e, delta), None)
 
 
@@ -99,33 +100,31 @@ class Pairs:
         self.delta = delta
         self.rate = rate
 
-    def _gram(self, x: Tensor) -> Tensor:
-        return torch.bmm(x, self.x.transpose(1, 2)).add_(1)
+    def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
+        gram = torch.bmm(x, self.x.transpose(1, 2)).add_(1)
+        scaled = gram * -self.rate
+        return self.shared.forward(x)[0].baddbmm_(scaled, self.delta), (gram, scaled)
 
-    def _delta_gram(self, delta: Tensor) -> Tensor:
-        return torch.bmm(delta, self.delta.transpose(1, 2))
+    def back(self, delta: Tensor) -> tuple[Tensor, Kept]:
+        gram = torch.bmm(delta, self.delta.transpose(1, 2))
+        scaled = gram * -self.rate
+        return self.shared.back(delta)[0].baddbmm_(scaled, self.x), (gram, scaled)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.shared.forward(x).baddbmm_(self._gram(x).mul_(-self.rate), self.delta)
-
-    def back(self, delta: Tensor) -> Tensor:
-        return self.shared.back(delta).baddbmm_(self._delta_gram(delta).mul_(-self.rate), self.x)
-
-    def forward_gradients(self, x: Tensor, g: Tensor) -> tuple[Tensor, Gradients]:
+    def forward_gradients(self, x: Tensor, g: Tensor, kept: Kept) -> tuple[Tensor, Gradients]:
         gx, shared = self.shared.forward_gradients(x, g)
-        gram, cross = self._gram(x), self._delta_gram(g)
+        gram, scaled = kept
+        cross = torch.bmm(g, self.delta.transpose(1, 2))
         rate = self._rate_gradient(gram, cross)
-        gram, cross = gram.mul_(-self.rate), cross.mul_(-self.rate)
-        gx.baddbmm_(cross, self.x)
-        return gx, (*shared, transposed_product(cross, x), transposed_product(gram, g), *rate)
+        gx.baddbmm_(cross.mul_(-self.rate), self.x)
+        return gx, (*shared, transposed_product(cross, x), transposed_product(scaled, g), *rate)
 
-    def back_gradients(self, delta: Tensor, e: Tensor) -> tuple[Tensor, Gradients]:
+    def back_gradients(self, delta: Tensor, e: Tensor, kept: Kept) -> tuple[Tensor, Gradients]:
         gdelta, shared = self.shared.back_gradients(delta, e)
-        gram, cross = self._delta_gram(delta), torch.bmm(e, self.x.transpose(1, 2))
+        gram, scaled = kept
+        cross = torch.bmm(e, self.x.transpose(1, 2))
         rate = self._rate_gradient(gram, cross)
-        gram, cross = gram.mul_(-self.rate), cross.mul_(-self.rate)
-        gdelta.baddbmm_(cross, self.delta)
-        return gdelta, (*shared, transposed_product(gram, e), transposed_product(cross, delta), *rate)
+        gdelta.baddbmm_(cross.mul_(-self.rate), self.delta)
+        return gdelta, (*shared, transposed_product(scaled, e), transposed_product(cross, delta), *rate)
 
     def _rate_gradient(self, a: Tensor, b: Tensor) -> Gradients:
         if not isinstance(self.rate, Tensor):
@@ -166,11 +165,13 @@ class _Forward(torch.autograd.Function):
     def forward(ctx: Any, shapes: Sequence[Shape], slope: float, z: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         x = _relu(z, slope)  # z is not ours to overwrite; those of the layers above are
         inputs: list[Tensor] = []
+        ctx.kept = []
         for form in _forms(shapes, tensors):
             if inputs:
                 x = _relu_(z, slope)
             inputs.append(x)
-            z = form.forward(x)
+            z, kept = form.forward(x)
+            ctx.kept.append(kept)
         ctx.save_for_backward(*inputs, *tensors)
         ctx.shapes, ctx.slope = shapes, slope
         ctx.set_materialize_grads(False)
@@ -184,7 +185,7 @@ class _Forward(torch.autograd.Function):
         for i in reversed(range(n)):
             assert g is not None  # δ of the top layer is made of z
             x, also = saved[i], grad[1 + i]
-            g, gradients[i] = forms[i].forward_gradients(x, g)
+            g, gradients[i] = forms[i].forward_gradients(x, g, ctx.kept[i])
             g = through(g if also is None else g.add_(also), x, ctx.slope, out=g)
         return None, None, g, *(t for made in gradients for t in made)
 
@@ -194,8 +195,9 @@ class _Deltas(torch.autograd.Function):
     def forward(ctx: Any, shapes: Sequence[Shape], slope: float, delta: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         n = len(shapes)
         forms, deltas = _forms(shapes, others[n:]), [delta]
+        ctx.kept = [()] * n
         for i in reversed(range(n)):
-            e = forms[i].back(deltas[0])
+            e, ctx.kept[i] = forms[i].back(deltas[0])
             deltas.insert(0, through(e, others[i], slope, out=e))
         ctx.save_for_backward(*others[:n], *deltas[1:], *others[n:])
         ctx.shapes, ctx.slope = shapes, slope
@@ -215,7 +217,7 @@ class _Deltas(torch.autograd.Function):
                 e = through(also, x, ctx.slope)  # not ours to overwrite
             else:
                 continue  # nobody asked for this δ, nor for those below
-            g, gradients[i] = form.back_gradients(delta, e)
+            g, gradients[i] = form.back_gradients(delta, e, ctx.kept[i])
         return None, None, g, *(None,) * n, *(t for made in gradients for t in made)
 
 

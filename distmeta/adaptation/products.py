@@ -100,11 +100,11 @@ def through(delta: Tensor, y: Tensor, slope: float, out: Tensor | None = None) -
     """δ through a (leaky) ReLU with output y, without a graph; written to `out` (which may be δ) where given."""
     if slope:
         if out is None:
-            return torch.ops.aten.leaky_relu_backward(delta, y, slope, False)
-        return torch.ops.aten.leaky_relu_backward(delta, y, slope, False, grad_input=out)
+            return torch.ops.aten.leaky_relu_backward.default(delta, y, slope, False)
+        return torch.ops.aten.leaky_relu_backward.grad_input(delta, y, slope, False, grad_input=out)
     if out is None:
-        return torch.ops.aten.threshold_backward(delta, y, 0)
-    return torch.ops.aten.threshold_backward(delta, y, 0, grad_input=out)
+        return torch.ops.aten.threshold_backward.default(delta, y, 0)
+    return torch.ops.aten.threshold_backward.grad_input(delta, y, 0, grad_input=out)
 
 
 def weight_gradient(x: Tensor, g: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from distmeta import yamlfile
 from distmeta.errors import UserError
 from distmeta.fields import build, nearest, option
 from distmeta.methods import entry
@@ -102,13 +103,9 @@ def read_yaml(location: Location) -> dict[str, Any]:
         UserError: naming the file and line; a missing file, not YAML, no mapping, an unknown section.
     """
     try:
-        raw = yaml.safe_load(location.read_bytes().decode())
+        raw = yamlfile.read(location, "mend or rewrite it")
     except FileNotFoundError:
         raise UserError(f"{location}: no such config file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as e:
-        mark = getattr(e, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{location}{line}: not readable as YAML; mend or rewrite it") from None
     if not isinstance(raw, dict):
         raise UserError(f"{location}: must hold the sections {', '.join(SECTIONS)}")
     for key, value in raw.items():

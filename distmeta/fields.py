@@ -110,6 +110,8 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         kind = {
             int: "a whole number",
+            list: "a list",
+            dict: "key: value lines",
             float: "a number",
             str: "text (put it in quotes)",
             bool: "true or false",
@@ -120,9 +122,12 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
 
 def _in_range(value: Any, limits: Mapping[str, Any], name: str) -> None:
     choices = limits.get("choices")
+    largest = 2**63 - 1  # of what torch, numpy and Parquet count with
     for v in value if isinstance(value, tuple) else (value,):
         if choices and v not in choices:
             raise UserError(f"{name} is {v!r}{nearest(str(v), choices)}; choose one of {' '.join(choices)}")
+        if isinstance(v, int) and not -largest <= v <= largest:
+            raise UserError(f"{name} must be at most {largest} in size, not {v}")
         if isinstance(v, float) and not math.isfinite(v):
             raise UserError(f"{name} must be a finite number, not {v}")
         for limit, broken, words in (

@@ -78,8 +78,22 @@ class Location:
             self.fs.delete_file(self.path)
 
     def read_bytes(self) -> bytes:
-        with self.fs.open_input_file(self.path) as f:
-            return f.read()
+        """The whole file.
+
+        Raises:
+            FileNotFoundError: there is none. UserError: it is a folder, or may not be read.
+        """
+        try:
+            with self.fs.open_input_file(self.path) as f:
+                return f.read()
+        except FileNotFoundError:
+            raise
+        except PermissionError:
+            raise UserError(f"{self}: may not be read by you; ask for the right to, or give another") from None
+        except OSError:
+            if self.is_dir():
+                raise UserError(f"{self}: is a folder where a file is expected; move it away or give a file") from None
+            raise
 
     def write_bytes(self, data: bytes) -> None:
         """Write the whole file or nothing: locally by a temporary name and os.replace, elsewhere in one put."""
@@ -100,14 +114,14 @@ class Location:
                         os.remove(target)
                 raise
 
-    def read_json(self) -> Any:
-        """The parsed JSON file; UserError naming the file where it is missing or not JSON."""
+    def read_json(self, mend: str = "it is damaged, make it again") -> Any:
+        """The parsed JSON file; UserError naming the file where it is missing, or not JSON: `mend` ends that."""
         try:
             return json.loads(self.read_bytes())
         except FileNotFoundError:
             raise UserError(f"{self}: no such file") from None
-        except (ValueError, OSError) as e:
-            raise UserError(f"{self}: not readable as JSON ({e}); it is damaged, make it again") from None
+        except (ValueError, RecursionError, OSError) as e:
+            raise UserError(f"{self}: not readable as JSON ({e}); {mend}") from None
 
     def write_json(self, value: Any) -> None:
         self.write_bytes((json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
@@ -120,5 +134,7 @@ def writing(where: object) -> Iterator[None]:
         yield
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(e):
-            raise RunError(f"{where}: no space left on the device; free some and start again with --resume") from e
+            raise RunError(
+                f"{where}: no space left on the device; free some and run the command again (train: with --resume)"
+            ) from e
         raise UserError(f"{where}: cannot be written ({e.strerror or e}); choose a place that you may write to") from e

@@ -89,6 +89,12 @@ def test_base_stands_in_for_defaults():
         ("train: !!python/object/apply:os.system ['exit 9']", ["not readable as YAML"]),
         ("\xff".encode("latin-1"), ["not readable as YAML"]),
         ("", ["must hold the sections"]),
+        ("train: {lr: 1}\ndata: {}\ntrain: {lr: 2}", ["line 3", "the key train is there twice"]),
+        ("train: {lr: 1, seed: 2, lr: 3}", ["line 1", "the key lr is there twice"]),
+        ("train: {seed: 99999999999999999999}", ["seed must be at most"]),
+        ("method_options: {hidden: [8, 0]}", ["hidden must be at least 1, not 0"]),
+        ("method_options: {local_lr: -1}", ["local_lr must be at least 0"]),
+        pytest.param("[" * 5000, ["not readable as YAML"], id="deep"),
     ],
 )
 def test_bad_yaml_is_one_sentence_that_names_the_file(tmp_path, text, words):

@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distmeta.data import tasktable
+from distmeta.config import DataOptions
+from distmeta.data import protocols, tasktable
 from distmeta.data.tasktable import TaskTable
 from distmeta.draws import hashed
-from distmeta.errors import UserError
+from distmeta.errors import RunError, UserError
 from distmeta.storage import Location
 
 PINNED = {
@@ -215,6 +216,30 @@ def test_half_made_table_is_replaced_and_a_failed_making_leaves_none(tmp_path: P
     left = [f for _, _, files in os.walk(data / "tasks") for f in files if ".tmp" in f]
     assert not left
     assert not list((data / "tasks").glob("cmml-user-1-7-*/tasks.json"))
+
+
+def test_full_disk_when_a_part_begins_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handmade.make(tmp_path / "data")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pq, "ParquetWriter", full)
+    with pytest.raises(RunError, match="no space left on the device; free some and run the command again"):
+        tasktable.make(Location.of(tmp_path / "data"), "cmml-user", 0, {})
+    assert [f for _, _, files in os.walk(tmp_path / "data" / "tasks") for f in files] == []
+
+
+def test_an_option_of_another_protocol_is_refused() -> None:
+    """It would change nothing, and whoever set it would not know."""
+    known = protocols.protocol_options(DataOptions(protocol="melu", cold_users="list.txt"))
+    assert known == {"cold_users": "list.txt"}
+    for data, says in (
+        (DataOptions(protocol="melu", max_ratings=50), "--max-ratings is for protocol cmml-user, not melu"),
+        (DataOptions(cold_users="list.txt"), "--cold-users is for protocol melu, not cmml-user"),
+    ):
+        with pytest.raises(UserError, match=says):
+            protocols.protocol_options(data)
 
 
 def test_damaged_interactions_are_named(tmp_path: Path) -> None:

@@ -56,6 +56,13 @@ def test_csv_and_parquet_give_the_same_dataset(tmp_path: Path, capsys: pytest.Ca
     assert items.select("raw_id", "tags").rows() == [("007", ["old"]), ("7", ["blue", "red"]), ("8", [])]
     assert rows.rows() == [("ann", "7", 1.0, 10), ("ann", "8", 2.5, 20), ("bob", "7", 4.0, 40)]
 
+    quoted = _made_table(tmp_path / "quoted")
+    for name in CSV:  # as spreadsheets write it: an empty cell is an empty text
+        table = pl.read_csv(quoted.parent / name, infer_schema=False).fill_null("")
+        table.write_csv(quoted.parent / name, quote_style="always")
+    assert _prepare_table(quoted, tmp_path / "c") == 0
+    assert all(a.equals(c) for a, c in zip(decoded(tmp_path / "a"), decoded(tmp_path / "c"), strict=True))
+
     other = tmp_path / "parquet"
     other.mkdir()
     (other / "ratings").mkdir()  # a folder of parts, times as timestamps
@@ -81,23 +88,17 @@ def test_csv_and_parquet_give_the_same_dataset(tmp_path: Path, capsys: pytest.Ca
 def test_clicks_without_time_or_fields(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "c.csv").write_text("u,i,y\nb,2,1\na,1,0\nb,1,1\n")
     spec = tmp_path / "s.yaml"
-    spec.write_text(
-        "name: c\nlabel: {kind: click}\ninteractions: {file: c.csv, user: u, item: i, label: y}\n"
-    )
+    spec.write_text("name: c\nlabel: {kind: click}\ninteractions: {file: c.csv, user: u, item: i, label: y}\n")
     assert _prepare_table(spec, tmp_path / "d") == 0
     assert "no time column" in capsys.readouterr().out
     assert decoded(tmp_path / "d")[2].rows() == [("a", "1", 0.0, 1), ("b", "2", 1.0, 0), ("b", "1", 1.0, 2)]
     (tmp_path / "c.csv").write_text("u,i,y\nb,2,1\na,1,0.5\n")
-    check_refused(
-        _prepare_table(spec, tmp_path / "e"), capsys, tmp_path / "e", "row 2: y is 0.5, not within 0 or 1"
-    )
+    check_refused(_prepare_table(spec, tmp_path / "e"), capsys, tmp_path / "e", "row 2: y is 0.5, not within 0 or 1")
 
 
 def test_times_as_text(tmp_path: Path) -> None:
     spec = _made_table(tmp_path / "raw")
-    (tmp_path / "raw/ratings.csv").write_text(
-        "uid,sku,stars,at\nann,7,1,2024-05-01 12:00:00\nann,8,1,1714564801\n"
-    )
+    (tmp_path / "raw/ratings.csv").write_text("uid,sku,stars,at\nann,7,1,2024-05-01 12:00:00\nann,8,1,1714564801\n")
     assert _prepare_table(spec, tmp_path / "d") == 0
     noon = int(datetime.datetime(2024, 5, 1, 12, tzinfo=datetime.UTC).timestamp())
     assert decoded(tmp_path / "d")[2]["time"].to_list() == [noon, noon + 1]
@@ -140,14 +141,19 @@ BROKEN_TABLE: dict[str, tuple[str, Mend, str]] = {
     "date": ("ratings.csv", _swap("20\n", "2024-13-45\n"), "ratings.csv, row 2: at is '2024-13-45'"),
     "number": ("people.csv", _swap("30", "old"), "people.csv, row 1: age is 'old', not a number"),
     "infinite": ("people.csv", _swap("30", "inf"), "people.csv, row 1: age is infinite"),
+    "too large": ("people.csv", _swap("30", "1e39"), "people.csv, row 1: age is 1e+39, beyond"),
+    "key twice": ("shop.yaml", lambda t: t + "name: x\n", "shop.yaml, line 12: not readable as YAML (the key name"),
+    "reserved": ("shop.yaml", _swap("name: town", "name: label"), "users: field 2: field 'label'"),
+    "side's own": ("shop.yaml", _swap("name: town", "name: user"), "users: field 2: field 'user'"),
+    "two roles": ("shop.yaml", _swap("item: sku", "item: uid"), "user and item are both the column 'uid'"),
+    "two columns": ("ratings.csv", _swap("sku", "uid"), "ratings.csv: two columns are called 'uid'"),
+    "short": ("ratings.csv", _swap(",20\n", "\n"), "ratings.csv, row 2: no at; fill it in"),
     "twice": ("people.csv", _swap("carl", "ann"), "people.csv, row 3: uid ann is there twice"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BROKEN_TABLE)
-def test_a_broken_table_is_one_sentence(
-    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_broken_table_is_one_sentence(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name, mend, sentence = BROKEN_TABLE[case]
     spec = _made_table(tmp_path / "raw")
     file = tmp_path / "raw" / name

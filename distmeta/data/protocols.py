@@ -81,8 +81,20 @@ def protocol(name: str) -> Protocol:
 
 
 def protocol_options(data: DataOptions) -> dict[str, Any]:
-    """The options in `data` that its protocol knows."""
-    return {name: getattr(data, name) for name in protocol(data.protocol).options}
+    """The options in `data` that its protocol knows.
+
+    Raises:
+        UserError: one that only other protocols know was set, which would change nothing.
+    """
+    known = protocol(data.protocol).options
+    for other in PROTOCOLS.values():
+        for name, default in other.options.items():
+            if name not in known and getattr(data, name) != default:
+                raise UserError(
+                    f"--{name.replace('_', '-')} is for protocol {other.name}, not {data.protocol}; leave it out, "
+                    f"or choose --protocol {other.name}"
+                )
+    return {name: getattr(data, name) for name in known}
 
 
 def _lowest(keys: NDArray[np.uint64], count: int, among: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:

@@ -18,6 +18,8 @@ from distmeta.errors import UserError
 from distmeta.storage import Location
 
 FORMAT = 1
+TASK_COLUMNS = ("task", "split", "cohort", "label", "time", "role")
+"""Columns of task tables besides user, item and the user's fields, which may not be called so."""
 FieldType = Literal["categorical", "multi_categorical", "numeric"]
 
 
@@ -74,9 +76,10 @@ class Dataset:
         manifest = location / "dataset.json"
         if not manifest.exists():
             raise UserError(
-                f"{location}: no dataset here (dataset.json is missing); make one with `python -m jobs.prepare`"
+                f"{location}: no dataset here (dataset.json is missing); make one with `python -m jobs.prepare`,"
+                " or say with --data where it lies now"
             )
-        raw = manifest.read_json()
+        raw = manifest.read_json("delete the folder and prepare the dataset again")
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             found = raw.get("format") if isinstance(raw, dict) else None
             raise UserError(

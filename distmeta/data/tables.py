@@ -1,6 +1,7 @@
 """Reading Parquet tables of datasets and task tables, with a sentence for whatever is wrong with them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -12,16 +13,18 @@ from distmeta.errors import UserError
 from distmeta.storage import Location
 
 AGAIN = "the dataset is damaged, prepare it again"
+PARQUET: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
+"""How parts are written. A flipped bit decompresses to other numbers without a word; a page's checksum does not."""
 
 
 def read_part(file: Location, columns: Sequence[str], rows: int, mend: str) -> pa.Table:
-    """`columns` of a Parquet part that has `rows` rows by its manifest.
+    """`columns` of a Parquet part that has `rows` rows by its manifest; a page must be what its checksum says.
 
     Raises:
         UserError: the part is missing, not Parquet, lacks a column or has other rows; `mend` ends it.
     """
     try:
-        with pq.ParquetFile(file.path, filesystem=file.fs) as part:
+        with pq.ParquetFile(file.path, filesystem=file.fs, page_checksum_verification=True) as part:
             table = part.read(columns=list(columns))
     except FileNotFoundError:
         raise UserError(f"{file}: this part is missing; {mend}") from None

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from distmeta import draws
 from distmeta.data.protocols import SPLITS, Protocol
 from distmeta.data.schema import Dataset
-from distmeta.data.tables import AGAIN, read_part, read_side, to_polars
+from distmeta.data.tables import AGAIN, PARQUET, read_part, read_side, to_polars
 from distmeta.errors import UserError
 from distmeta.storage import Location, writing
 
@@ -207,11 +207,12 @@ class _Parts:
         target = f"{part.path}.tmp-{os.getpid()}" if part.is_local else part.path
         with writing(part):
             stream = part.fs.open_output_stream(target)
-            self._open[split, shard] = (
-                stream,
-                pq.ParquetWriter(stream, self.schema, compression="zstd"),
-                target,
-            )
+            try:
+                writer = pq.ParquetWriter(stream, self.schema, **PARQUET)
+            except BaseException:
+                _drop(part, target, stream)
+                raise
+            self._open[split, shard] = stream, writer, target
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
@@ -242,10 +243,16 @@ class _Parts:
         for stream, writer, target in self._open.values():
             with contextlib.suppress(OSError, pa.ArrowException, ValueError):
                 writer.close()
-                stream.close()
-            if self.where.is_local:
-                with contextlib.suppress(OSError):
-                    os.remove(target)
+            _drop(self.where, target, stream)
+
+
+def _drop(where: Location, target: str, stream: pa.NativeFile) -> None:
+    """Close a part that will not be and delete it where that is possible."""
+    with contextlib.suppress(OSError, pa.ArrowException, ValueError):
+        stream.close()
+    if where.is_local:
+        with contextlib.suppress(OSError):
+            os.remove(target)
 
 
 def _path(split: str, shard: int) -> str:

@@ -60,7 +60,7 @@ class TaskTable:
     def open(cls, where: Location) -> "TaskTable":
         """Read tasks.json; UserError where it is missing, damaged or of another format version."""
         manifest = where / "tasks.json"
-        raw = manifest.read_json()
+        raw = manifest.read_json(_again(where))
         if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
             raise UserError(f"{manifest}: not a task table of format {FORMAT}; {_again(where)}")
         try:

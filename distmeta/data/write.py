@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from distmeta.data.schema import Dataset, Field, FieldType, Label
+from distmeta.data.schema import TASK_COLUMNS, Dataset, Field, FieldType, Label
+from distmeta.data.tables import PARQUET
 from distmeta.errors import UserError
 from distmeta.storage import Location, writing
 
@@ -29,6 +30,8 @@ _OURS = re.compile(
     r"(users|items|interactions)(/part-\d{5}\.parquet)?|vocabularies(/(user|item)-[\w-]+\.parquet)?"
     r"|tasks(/.*)?|dataset\.json\.tmp-\d+"
 )
+_TAKEN = {"user": ("user", "item", "raw_id", *TASK_COLUMNS), "item": ("user", "item", "raw_id")}
+"""Names of the tables' own columns: a user's fields stand beside these in users/ and in task tables."""
 _INTEGER = r"^-?\d{1,18}$"
 
 
@@ -65,7 +68,9 @@ def write_dataset(
             written.
         ValueError: an interaction names a user or item that its table lacks (sources check this by row).
     """
-    _check_names(user_fields, item_fields)
+    for side, names in (("user", user_fields), ("item", item_fields)):
+        for field_name in names:
+            check_name(side, field_name, name)
     clear_place(where)
     users, items = (t.with_columns(pl.col(k).cast(pl.String)) for t, k in ((users, "user"), (items, "item")))
     interactions = interactions.with_columns(pl.col("user", "item").cast(pl.String))
@@ -144,13 +149,14 @@ def clear_place(where: Location) -> None:
             child.remove()
 
 
-def _check_names(*sides: Mapping[str, FieldType]) -> None:
-    for fields in sides:
-        for name in fields:
-            if not _NAME.fullmatch(name) or name in ("user", "item", "raw_id"):
-                raise UserError(
-                    f"field {name!r}: a name has letters, digits, _ and - only, and is not user, item, raw_id"
-                )
+def check_name(side: str, name: str, where: str) -> None:
+    """UserError where a field of `side` (user or item) may not be called `name`; `where` starts the sentence."""
+    taken = _TAKEN[side]
+    if not _NAME.fullmatch(name) or name in taken:
+        raise UserError(
+            f"{where}: field {name!r}: a name has letters, digits, _ and - only, and is none of {' '.join(taken)}; "
+            "choose another"
+        )
 
 
 def _indexed(ids: pl.Series, side: str) -> pl.DataFrame:
@@ -236,6 +242,6 @@ def _write(where: Location, path: str, table: pa.Table, files: list[dict[str, An
     target = where / path
     Location(target.fs, target.path.rsplit("/", 1)[0]).make_dir()
     with writing(target):
-        pq.write_table(table, target.path, filesystem=target.fs, compression="zstd", row_group_size=1 << 20)
+        pq.write_table(table, target.path, filesystem=target.fs, row_group_size=1 << 20, **PARQUET)
         size = target.fs.get_file_info(target.path).size
     files.append({"path": path, "rows": table.num_rows, "bytes": size})

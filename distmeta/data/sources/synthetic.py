@@ -66,7 +66,7 @@ def generate(
     for flag, bad, need in (
         ("--users", users < 1, "at least 1"),
         ("--per-user", not 1 <= low <= high <= items, f"LOW HIGH, 1 <= LOW <= HIGH <= {items} items"),
-        ("--noise", not (noise > 0 and math.isfinite(noise)), "above 0"),
+        ("--noise", not (noise > 0 and math.isfinite(noise)), "a finite number above 0"),
         ("--clusters", clusters < 1, "at least 1"),
         ("--factors", factors < 1, "at least 1"),
     ):  # fmt: skip

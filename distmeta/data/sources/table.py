@@ -7,11 +7,11 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 import pyarrow.dataset as pads
-import yaml
 
+from distmeta import yamlfile
 from distmeta.data.schema import Dataset, FieldType, Label
 from distmeta.data.sources.lines import known, last_of_pairs, refuse
-from distmeta.data.write import clear_place, write_dataset
+from distmeta.data.write import check_name, clear_place, write_dataset
 from distmeta.errors import UserError
 from distmeta.fields import build, nearest, option
 from distmeta.storage import Location
@@ -30,6 +30,7 @@ items:
   fields: [{name: tags, type: multi_categorical, separator: "|"}]  # no separator: a list column
 """
 
+_LARGEST = 3e38
 _TYPES = ("categorical", "multi_categorical", "numeric")
 
 
@@ -110,13 +111,9 @@ def table(spec: Location, raw: Location, where: Location) -> Dataset:
 
 def _read_spec(spec: Location) -> tuple[_Top, Label]:
     try:
-        raw = yaml.safe_load(spec.read_bytes().decode())
+        raw = yamlfile.read(spec, "mend it, `prepare table --help` shows one")
     except FileNotFoundError:
         raise UserError(f"{spec}: no such spec file; `prepare table --help` shows one") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as e:
-        mark = getattr(e, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{spec}{line}: not readable as YAML; mend it, `prepare table --help` shows one") from None
     if not isinstance(raw, dict):
         raise UserError(f"{spec}: must hold name, label and interactions; `prepare table --help` shows one")
     top = build(_Top, {str(k): v for k, v in raw.items()}, str(spec))
@@ -146,7 +143,12 @@ def _interactions(spec: Location, section: dict, raw: Location, label: Label) ->
     s = build(_Interactions, section, f"{spec}: interactions")
     _need(s, ("file",), f"{spec}: interactions")
     file = raw / s.file
-    columns = [s.user, s.item, s.label, *([s.time] if s.time else [])]
+    roles = {"user": s.user, "item": s.item, "label": s.label, **({"time": s.time} if s.time else {})}
+    columns = list(roles.values())
+    for role, column in roles.items():
+        first = next(r for r, c in roles.items() if c == column)
+        if first != role:
+            raise UserError(f"{spec}: interactions: {first} and {role} are both the column {column!r}; name another")
     frame = _read(file, columns, f"{spec}: interactions")
     user, item = (_ids(frame[c], file) for c in (s.user, s.item))
     labels = _numbers(frame[s.label], file)
@@ -177,6 +179,7 @@ def _side(
             raise UserError(f"{where}: field {number} must be {{name: ..., type: ...}}, not {entry!r}")
         f = build(_FieldSpec, entry, f"{where}: field {number}")
         _need(f, ("name", "type"), f"{where}: field {number}")
+        check_name(side, f.name, f"{where}: field {number}")
         if f.name in [g.name for g in specs]:
             raise UserError(f"{where}: field {number}: the name {f.name} is taken; give each field its own")
         specs.append(f)
@@ -192,7 +195,11 @@ def _field(column: pl.Series, f: _FieldSpec, file: Location) -> pl.Series:
     listed = isinstance(column.dtype, pl.List | pl.Array)
     if f.type == "numeric":
         numbers = _numbers(column, file)
-        refuse(numbers.is_infinite().fill_null(False), file, lambda i: f"{column.name} is infinite", unit="row")
+        infinite = numbers.is_infinite().fill_null(False)
+        refuse(infinite, file, lambda i: f"{column.name} is infinite; mend the row or leave it empty", unit="row")
+        refuse((numbers.abs() > _LARGEST).fill_null(False), file,
+               lambda i: f"{column.name} is {numbers[i]:g}, beyond what is computed with (float32); mend the row, or "
+               "give its logarithm", unit="row")  # fmt: skip
         return numbers
     if f.type == "multi_categorical" and not listed:
         if not f.separator:
@@ -206,7 +213,11 @@ def _field(column: pl.Series, f: _FieldSpec, file: Location) -> pl.Series:
 
 
 def _read(file: Location, columns: list[str], where: str) -> pl.DataFrame:
-    """The named columns of a Parquet or CSV file (CSV: all strings); UserError where there are none."""
+    """The named columns of a Parquet or CSV file (CSV: all strings), an empty text being no value.
+
+    Raises:
+        UserError: the file is missing or damaged, lacks a column or has two of its name, or has no rows.
+    """
     if not file.exists():
         raise UserError(f"{where}: file {file} does not exist; paths are relative to --raw")
     if file.path.lower().endswith(".csv"):
@@ -216,6 +227,8 @@ def _read(file: Location, columns: list[str], where: str) -> pl.DataFrame:
     else:
         try:
             found = pads.dataset(file.path, filesystem=file.fs, format="parquet")
+            if not found.files:
+                raise UserError(f"{file}: a folder without Parquet files; name a file or a folder of parts")
             _check_columns(columns, found.schema.names, file, where)
             frame = pl.DataFrame(pl.from_arrow(found.to_table(columns=columns)))
         except (pa.ArrowInvalid, OSError) as e:
@@ -223,7 +236,7 @@ def _read(file: Location, columns: list[str], where: str) -> pl.DataFrame:
             raise UserError(f"{file}: not readable as Parquet ({reason}); CSV files must end in .csv") from None
     if not frame.height:
         raise UserError(f"{file}: the file is empty (no rows); give one that has some")
-    return frame
+    return frame.with_columns(pl.col(pl.String).replace("", None))
 
 
 def _read_csv(file: Location) -> pl.DataFrame:
@@ -231,6 +244,10 @@ def _read_csv(file: Location) -> pl.DataFrame:
     if not raw.strip():
         raise UserError(f"{file}: the file is empty; give one with a header and rows")
     try:
+        header = pl.read_csv(io.BytesIO(raw), infer_schema=False, has_header=False, n_rows=1).row(0)
+        twice = next((name for i, name in enumerate(header) if name in header[:i]), None)
+        if twice is not None:
+            raise UserError(f"{file}: two columns are called {twice!r}; rename or delete one")
         return pl.read_csv(io.BytesIO(raw), infer_schema=False)
     except pl.exceptions.PolarsError as e:
         reason = str(e).splitlines()[0]
@@ -266,6 +283,7 @@ def _numbers(column: pl.Series, file: Location) -> pl.Series:
 
 def _seconds(column: pl.Series, file: Location) -> pl.Series:
     """int64 seconds since 1970 (UTC where no zone is given)."""
+    refuse(column.is_null(), file, lambda i: f"no {column.name}; fill it in or delete the row", unit="row")
     if isinstance(column.dtype, pl.Datetime | pl.Date):
         seconds = column.dt.epoch("s")
     elif column.dtype == pl.String:

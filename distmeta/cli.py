@@ -29,9 +29,16 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse all of `argv`; UserError on anything unknown, naming the nearest flag."""
-        values, unknown = self.parse_known_args(argv)
+        known = [s for a in self._actions for s in a.option_strings]
+        try:
+            values, unknown = self.parse_known_args(argv)
+        except UserError:
+            # a misspelt flag is the cause, not the required one that is missing for it
+            unknown = [w for w in argv if w.startswith("--") and w.split("=")[0] not in known]
+            if not unknown:
+                raise
+            values = argparse.Namespace()
         if unknown:
-            known = [s for a in self._actions for s in a.option_strings]
             word = next((u for u in unknown if u.startswith("-")), unknown[0]).split("=")[0]
             kind = "unknown argument" if word.startswith("-") else "unexpected word"
             self.error(f"{kind} {word}{nearest(word, known)}")
@@ -60,8 +67,10 @@ def main(argv: Sequence[str]) -> int:
         # whoever read the output has left: no second complaint when the interpreter flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except MemoryError:
-        print("error: out of memory; try a smaller --batch-size or a machine with more", file=sys.stderr)
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and not _out_of_memory(e):
+            raise
+        print("error: out of memory; try a smaller --batch-size or model, or a machine with more", file=sys.stderr)
         return 1
     except OSError as e:
         print(f"error: {e.filename or e.__class__.__name__}: {e.strerror or e}", file=sys.stderr)
@@ -69,6 +78,11 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _out_of_memory(e: RuntimeError) -> bool:
+    """Whether torch (on a CPU or a GPU) or Arrow found no memory; by name, as neither is imported here."""
+    return type(e).__name__ in ("OutOfMemoryError", "ArrowMemoryError") or "can't allocate memory" in str(e)
 
 
 def console() -> None:

@@ -113,9 +113,11 @@ def test_no_pickle_in_a_run(run):
             [MANIFEST, "damaged"],
         ),
         (lambda f: rewrite(f, step=1), [MANIFEST, "damaged"]),
+        (lambda f: rewrite(f, cursor=[1]), [MANIFEST, "damaged (no cursor"]),
+        (lambda f: folder_instead(f / PARAMS), [PARAMS, "not a readable file"]),
     ],
     ids=["params bit", "moments bit", "cut", "empty", "gone", "manifest cut", "manifest empty", "list", "bytes",
-         "edited", "other step"],
+         "edited", "other step", "list for a mapping", "folder"],
 )  # fmt: skip
 def test_damage_is_named_and_the_mend_works(run, small, fault, words):
     """The sentence names the file and which folder to delete; done so, the run goes on from the older step."""
@@ -130,6 +132,11 @@ def test_damage_is_named_and_the_mend_works(run, small, fault, words):
     assert {f: f.read_bytes() for f in kept} == kept, "nothing else was touched"
     shutil.rmtree(folder)
     assert go_on(run, small).epochs == 3
+
+
+def folder_instead(file):
+    file.unlink()
+    file.mkdir()
 
 
 def test_the_only_checkpoint_damaged(run, small):
@@ -158,6 +165,8 @@ def test_one_without_manifest_does_not_count_and_is_swept_up(run, small):
         (lambda f: rewrite(f, format=99), ["format version 99", "reads 1"]),
         (lambda f: rewrite(f, method="metacs"), ["holds metacs, not melu"]),
         (lambda f: rewrite(f, split_hash="0" * 64), ["another split", "--data"]),
+        (lambda f: rewrite(f, cursor={"epoch": 1}), ["cursor or progress is of another distmeta ('batch')"]),
+        (lambda f: rewrite(f, progress={"mood": 1}), ["cursor or progress is of another distmeta", "mood"]),
         (lambda f: rewrite(f, config={"train.lr": 0.25}), ["config.yaml: train.lr is 0.002", "trained with 0.25"]),
         (lambda f: replace_tensors(f, "params", lambda t: t.pop("log_rate")), ["no tensor log_rate"]),
         (lambda f: replace_tensors(f, "params", lambda t: t.update(x=torch.ones(1))), ["tensor x is unknown"]),
@@ -174,7 +183,7 @@ def test_one_without_manifest_does_not_count_and_is_swept_up(run, small):
             ["no tensor log_rate.exp_avg"],
         ),
     ],
-    ids=["format", "method", "split", "config", "missing", "unknown", "shape", "dtype", "moment"],
+    ids=["format", "method", "split", "cursor", "progress", "config", "missing", "unknown", "shape", "dtype", "moment"],
 )
 def test_what_does_not_fit_is_refused(run, small, fault, words):
     fault(newest_folder(run))
@@ -269,3 +278,18 @@ def test_new_run_wants_an_empty_place(tmp_path):
         rundir.check_new(Location.of(tmp_path))
     with pytest.raises(UserError, match="no run here"):
         rundir.stored(Location.of(tmp_path / "nowhere"))
+
+
+def test_a_run_that_failed_before_it_kept_anything_is_no_obstacle(tmp_path):
+    for name in (".lock", "config.yaml", "config.yaml.tmp-7"):
+        (tmp_path / name).write_text("")
+    rundir.check_new(Location.of(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="a run exists here; add --resume"):
+        rundir.check_new(Location.of(tmp_path))
+
+
+def test_the_default_place_stays_under_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    where = rundir.default("melu", "../my shop/2024")
+    assert where.path.startswith(str(tmp_path / "runs" / "melu-..-my-shop-2024-"))

@@ -7,6 +7,7 @@ import sys
 import types
 
 import pytest
+import torch
 
 from distmeta import cli
 from distmeta.commands import benchmark
@@ -46,7 +47,14 @@ def failing(capsys, argv: list[str], status: int = 2) -> str:
         (["train", "--data", "ftp://x/y"], ["ftp://x/y", "cannot be opened"]),
         (["evaluate"], ["--run"]),
         (["evaluate", "--run", "nowhere"], ["nowhere: no run here"]),
-        (["evaluate", "--rnu", "x"], ["--run"]),
+        (["evaluate", "--rnu", "x"], ["unknown argument --rnu", "did you mean --run?"]),
+        (["train", "--hidden", "8", "0"], ["--hidden must be at least 1, not 0"]),
+        (["train", "--embedding", "0"], ["--embedding must be at least 1"]),
+        (["train", "--steps", "-1"], ["--steps must be at least 0"]),
+        (["train", "als", "--factors", "-3"], ["--factors must be at least 0"]),
+        (["train", "--seed", "9" * 20], ["--seed must be at most 9223372036854775807 in size"]),
+        (["train", "--config", "."], ["is a folder where a file is expected"]),
+        (["prepare", "synthetic", "--out", "x", "--noise", "inf"], ["--noise must be a finite number above 0"]),
         (["benchmark", "adaption"], ["'adaption'", "did you mean adaptation?"]),
         (["benchmark", "input", "--user", "3"], ["--user", "did you mean --users?"]),
     ],
@@ -95,6 +103,8 @@ def test_bare_train_help_lists_methods_and_no_methods_options(capsys):
         (RunError("a worker is lost"), 1, "error: a worker is lost"),
         (PermissionError(errno.EACCES, "Permission denied", "/some/file"), 1, "error: /some/file: Permission denied"),
         (MemoryError(), 1, "error: out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "error: out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "error: out of memory"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
@@ -105,6 +115,15 @@ def test_exit_statuses(capsys, monkeypatch, error, status, words):
     monkeypatch.setitem(sys.modules, "distmeta.commands.evaluate", types.SimpleNamespace(main=main))  # type: ignore[arg-type]
     assert cli.main(["evaluate"]) == status
     assert words in capsys.readouterr().err
+
+
+def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch):
+    def main(argv: list[str]) -> int:
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setitem(sys.modules, "distmeta.commands.evaluate", types.SimpleNamespace(main=main))  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="of ours"):
+        cli.main(["evaluate"])
 
 
 def test_a_reader_that_leaves_early_is_no_traceback():

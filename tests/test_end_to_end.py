@@ -165,7 +165,7 @@ def test_disk_full_is_1_and_the_run_goes_on(tmp_path, finished, small, monkeypat
         assert train(run, small, "--epochs", "2") == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "no space left on the device; free some and start again with --resume" in error
+    assert "no space left on the device; free some and run the command again (train: with --resume)" in error
     assert cli.main(["train", "--run", str(run), "--resume"]) == 0
     assert tensors(run) == tensors(finished)
 

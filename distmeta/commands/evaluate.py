@@ -83,7 +83,7 @@ def evaluate(config: Config, run: Location, place: Location, dataset: Dataset, t
     newest = checkpoint.newest(run)
     if newest is None:
         raise UserError(f"{run}: has no complete checkpoint; train on with `train --run {run} --resume`")
-    best = checkpoint.read(run, newest.progress["best_step"] or newest.step)
+    best = checkpoint.read(run, newest.progress.get("best_step") or newest.step)
     checkpoint.check_origin(run, best, config, table.split_hash)
     device = device_of(config.train)
     with numerics(config.train.threads, device):

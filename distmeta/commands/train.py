@@ -177,7 +177,7 @@ def _drive(config: Config, run: Location, place: Location, dataset: "Dataset", t
     elif config.train.resume:
         print(f"{run}: has no complete checkpoint yet; starting from the beginning")
     finish = run / "run.json"
-    summary = finish.read_json() if finish.exists() else None
+    summary = finish.read_json("delete it and go on with --resume") if finish.exists() else None
     finish.remove()
     (run / "config.yaml").write_bytes(
         config_module.to_yaml(

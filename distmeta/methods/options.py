@@ -14,36 +14,36 @@ class Constant:
 class ItemMean:
     """Predicts the item's mean training label, shrunk to the global mean."""
 
-    shrink: float = option(5.0, "Pseudo-count that pulls an item's mean to the global mean.")
+    shrink: float = option(5.0, "Pseudo-count that pulls an item's mean to the global mean.", least=0)
 
 
 @dataclass(frozen=True)
 class Bias:
     """Global mean + item bias + user bias; the new user's bias is fitted on the support."""
 
-    passes: int = option(6, "Alternating passes over item and user biases.")
-    shrink: float = option(5.0, "Pseudo-count of the biases in training.")
-    shrink_user: float = option(4.0, "Pseudo-count of a new user's bias on the support.")
+    passes: int = option(6, "Alternating passes over item and user biases.", least=1)
+    shrink: float = option(5.0, "Pseudo-count of the biases in training.", least=0)
+    shrink_user: float = option(4.0, "Pseudo-count of a new user's bias on the support.", least=0)
 
 
 @dataclass(frozen=True)
 class Als:
     """Alternating least squares with biases; the new user's vector is folded in by ridge regression."""
 
-    factors: int = option(10, "Latent factors besides the biases.")
-    penalty: float = option(8.0, "Ridge penalty of users and items, on the factors and on the biases.")
-    passes: int = option(12, "Alternating sweeps.")
+    factors: int = option(10, "Latent factors besides the biases.", least=0)
+    penalty: float = option(8.0, "Ridge penalty of users and items, on the factors and on the biases.", least=0)
+    passes: int = option(12, "Alternating sweeps.", least=1)
 
 
 @dataclass(frozen=True)
 class Gradient:
     """MAML for recommendation: embeddings, a decision MLP and inner steps on the support."""
 
-    embedding: int = option(32, "Width of a field's embedding.")
-    hidden: tuple[int, ...] = option((64, 64), "Widths of the decision MLP's hidden layers.")
+    embedding: int = option(32, "Width of a field's embedding.", least=1)
+    hidden: tuple[int, ...] = option((64, 64), "Widths of the decision MLP's hidden layers.", least=1)
     item_ids: bool = option(False, "Use the item's id as a feature too; the papers use content alone.")
-    steps: int = option(5, "Inner gradient steps on the support; MeLU's paper takes 1.")
-    local_lr: float = option(0.1, "Inner step size; where it is learned, what it starts from.")
+    steps: int = option(5, "Inner gradient steps on the support; MeLU's paper takes 1.", least=0)
+    local_lr: float = option(0.1, "Inner step size; where it is learned, what it starts from.", least=0)
     learn_rates: bool = option(True, "Learn the inner step size of each layer.")
     query_loss: str = option(
         "squared",

@@ -28,7 +28,15 @@ from distmeta.errors import UserError
 from distmeta.storage import Location
 
 FORMAT = 1
-_FIELDS = ("method", "step", "cursor", "progress", "config", "split_hash", "files")
+_FIELDS = {
+    "method": str,
+    "step": int,
+    "cursor": dict,
+    "progress": dict,
+    "config": dict,
+    "split_hash": str,
+    "files": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -146,6 +154,9 @@ def read(run: Location, step: int) -> Checkpoint:
         )
     if raw.pop("sha256", None) != _digest(raw) or raw["step"] != step:
         raise UserError(f"{manifest}: damaged (not what was written here); {_mend(run, step)}")
+    if not all(isinstance(raw.get(k), kind) for k, kind in _FIELDS.items()):
+        odd = next(k for k, kind in _FIELDS.items() if not isinstance(raw.get(k), kind))
+        raise UserError(f"{manifest}: damaged (no {odd} that could be used); {_mend(run, step)}")
     return Checkpoint(location=where, **{k: raw[k] for k in _FIELDS})
 
 
@@ -164,6 +175,8 @@ def load(run: Location, checkpoint: Checkpoint, part: str) -> dict[str, Tensor]:
         data = file.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{file}: missing; {mend}") from None
+    except (UserError, OSError) as e:
+        raise UserError(f"{e}; {mend}" if isinstance(e, OSError) else f"{file}: not a readable file; {mend}") from None
     if hashlib.sha256(data).hexdigest() != checkpoint.files[name].get("sha256"):
         raise UserError(f"{file}: damaged (its sha256 is not the manifest's); {mend}")
     try:

@@ -15,6 +15,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +28,8 @@ from distmeta.storage import Location, writing
 
 def default(method: str, dataset: str) -> Location:
     """runs/METHOD-DATASET-TIME under the working directory; a number is added where that is taken."""
-    name = f"runs/{method}-{dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    plain = re.sub(r"[^\w.-]+", "-", dataset)  # a dataset may be called anything, a/../b too
+    name = f"runs/{method}-{plain}-{time.strftime('%Y%m%d-%H%M%S')}"
     run, n = Location.of(name), 1
     while run.exists():
         n += 1
@@ -57,14 +59,24 @@ def stored(run: Location) -> Config:
 
 
 def check_new(run: Location) -> None:
-    """UserError where a new run may not start at `run`: a run exists there, or other things lie there."""
-    if exists(run):
-        raise UserError(f"{run}: a run exists here; add --resume to go on with it, or choose another --run")
+    """UserError where a new run may not start at `run`: a run exists there, or other things lie there.
+
+    A run that failed before it kept anything, for a setting that cannot be, leaves its config.yaml: no obstacle
+    on a local filesystem, where the lock tells it from one that is just starting.
+    """
     if run.exists() and not run.is_dir():
         raise UserError(f"{run}: is a file, not a directory; choose another --run")
-    other = [c.name for c in run.children() if c.name != ".lock"]
-    if other:
-        raise UserError(f"{run}: holds other things ({other[0]}); choose a --run that is empty or does not exist")
+    kept = _kept(run)
+    if exists(run) and (kept or not run.is_local):
+        raise UserError(f"{run}: a run exists here; add --resume to go on with it, or choose another --run")
+    if kept:
+        raise UserError(f"{run}: holds other things ({kept[0]}); choose a --run that is empty or does not exist")
+
+
+def _kept(run: Location) -> list[str]:
+    """What lies in `run` besides what a driver writes before it has learned anything."""
+    names = [c.name for c in run.children()]
+    return [n for n in names if n not in (".lock", "config.yaml") and not n.startswith("config.yaml.tmp-")]
 
 
 def check_same(run: Location, config: Config) -> None:

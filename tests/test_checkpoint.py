@@ -165,7 +165,7 @@ def test_one_without_manifest_does_not_count_and_is_swept_up(run, small):
         (lambda f: rewrite(f, format=99), ["format version 99", "reads 1"]),
         (lambda f: rewrite(f, method="metacs"), ["holds metacs, not melu"]),
         (lambda f: rewrite(f, split_hash="0" * 64), ["another split", "--data"]),
-        (lambda f: rewrite(f, cursor={"epoch": 1}), ["cursor or progress is of another distmeta ('batch')"]),
+        (lambda f: rewrite(f, cursor={"epoch": 1}), ["cursor or progress is of another distmeta (batch)"]),
         (lambda f: rewrite(f, progress={"mood": 1}), ["cursor or progress is of another distmeta", "mood"]),
         (lambda f: rewrite(f, config={"train.lr": 0.25}), ["config.yaml: train.lr is 0.002", "trained with 0.25"]),
         (lambda f: replace_tensors(f, "params", lambda t: t.pop("log_rate")), ["no tensor log_rate"]),

@@ -266,14 +266,14 @@ class _Training:
             moments = checkpoints.load(self.run, found, "optimizer")
             checkpoints.check(found, moments, self.update.moments())
             self.update.set_moments(moments)
-        try:
-            self.step, self.epoch, self.batch = found.step, found.cursor["epoch"], found.cursor["batch"]
-            self.progress = _Progress(**found.progress)
-        except (KeyError, TypeError) as e:
+        odd = sorted(({"epoch", "batch"} - found.cursor.keys()) | (found.progress.keys() - vars(_Progress()).keys()))
+        if odd:
             raise UserError(
-                f"{found.location}: its cursor or progress is of another distmeta ({e}); go on with the one that"
+                f"{found.location}: its cursor or progress is of another distmeta ({odd[0]}); go on with the one that"
                 " wrote it, or start a new run"
-            ) from None
+            )
+        self.step, self.epoch, self.batch = found.step, found.cursor["epoch"], found.cursor["batch"]
+        self.progress = _Progress(**found.progress)
         self.history = read_metrics(self.run)[: self.epoch]
         self.screen.line(f"going on from step {self.step} (epoch {self.epoch + 1}, batch {self.batch})")
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distmeta.adaptation.features import Gathered, Part, PerTask, Unique
+from distmeta.adaptation.lookup import lookup
 from distmeta.adaptation.maps import Linear, Table
 from distmeta.adaptation.tape import Node, Tape
 from distmeta.data.schema import Dataset, Field
@@ -111,17 +112,16 @@ class Embedding(nn.Module):
     def encode(self, batch: TaskBatch) -> "Encoded":
         """Embed what the batch touches: each unique item once, each user once."""
         bags = self.item_bags(batch.items)
-        columns = [table(bags[name]) for name, table in self.items().items()]
-        x = torch.cat(columns, -1) if columns else self._empty(len(batch.items))
-        return Encoded(self, Unique(x), bags)
+        return Encoded(self, Unique(self._lookup(self.items(), bags, len(batch.items))), bags)
 
     def user_place(self, block: TaskBlock) -> UserPlace:
         bags = {name: block.user[name] for name in self.user_names}
-        columns = [table(bags[name]) for name, table in self.users().items()]
-        return UserPlace(torch.cat(columns, -1) if columns else self._empty(len(block.task)), bags)
+        return UserPlace(self._lookup(self.users(), bags, len(block.task)), bags)
 
-    def _empty(self, rows: int) -> Tensor:
-        return next(self.parameters()).new_zeros(rows, 0)
+    def _lookup(self, tables: Mapping[str, Table], bags: Mapping[str, Bag], rows: int) -> Tensor:
+        if not tables:
+            return next(self.parameters()).new_zeros(rows, 0)
+        return lookup([t.weight for t in tables.values()], [bags[name] for name in tables])
 
 
 class Encoded:
@@ -158,17 +158,34 @@ class Encoded:
 
 
 class Decision(nn.Module):
-    """Fully connected layers with ReLU between them and one linear output a row."""
+    """Fully connected layers with ReLU between them and one linear output a row.
 
-    def __init__(self, d: int, hidden: Sequence[int]) -> None:
+    Args:
+        wide: add a linear map of the features to the output, as Wide&Deep's (Cheng et al., 2016). Adapted, it gives
+            a user a weight for every coordinate of an item's embedding, as matrix factorisation does.
+    """
+
+    def __init__(self, d: int, hidden: Sequence[int], wide: bool = False) -> None:
         super().__init__()
-        widths = [d, *hidden, 1]
-        self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise(widths))
+        self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise([d, *hidden, 1]))
+        self.wide = Linear(d, 1) if wide else None
+        if self.wide is not None:
+            with torch.no_grad():  # a tenth of a layer's usual start: the MLP speaks first
+                self.wide.weight.mul_(0.1)
+                self.wide.bias.zero_()
 
     def __iter__(self) -> Iterator[Linear]:
-        return iter(self.layers)  # type: ignore[arg-type]
+        """All dense layers, the wide one last."""
+        yield from self.layers  # type: ignore[misc]
+        if self.wide is not None:
+            yield self.wide
+
+    @property
+    def output_bias(self) -> Tensor:
+        return self.layers[-1].bias  # type: ignore[return-value]
 
     def forward(self, tape: Tape, *inputs: Node) -> Node:
         """Predictions [b, R, 1] of the rows whose features are `inputs` side by side."""
-        first, *others = self
-        return tape.chain(others, tape.linear(first, *inputs))
+        first, *others = self.layers
+        deep = tape.chain(others, tape.linear(first, *inputs))  # type: ignore[arg-type]
+        return deep if self.wide is None else tape.add(deep, tape.linear(self.wide, *inputs))

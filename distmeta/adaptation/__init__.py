@@ -1,6 +1,7 @@
 """The inner loop of gradient-based meta-learning, exact and for many tasks at once. Pure torch; knows no method.
 
 maps.py      Linear and Table: the linear maps that can be adapted
+lookup.py    rows taken by index, from tables and from unique items
 features.py  rows of features before they are expanded: per task, gathered from unique items, or dense
 overlap.py   inner products of weighted bags of indices (a table's Gram matrix)
 fast.py      fast weights of a block of tasks: dual pairs or private weights, map by map

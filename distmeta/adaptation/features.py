@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from distmeta.adaptation import products
+from distmeta.adaptation.lookup import gather
 
 
 class PerTask:
@@ -76,11 +76,11 @@ class Gathered:
 
     def rows(self) -> Tensor:
         if self._rows is None:
-            self._rows = F.embedding(self.index, self.unique.x)
+            self._rows = gather(self.unique.x, self.index)
         return self._rows
 
     def product(self, weight: Tensor, whole: Tensor, first: int) -> Tensor:
-        return F.embedding(self.index, self.unique.product(weight, whole, first))
+        return gather(self.unique.product(weight, whole, first), self.index)
 
 
 Part = PerTask | Dense | Gathered

@@ -3,10 +3,7 @@
 import math
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from distmeta.tasks import Bag
+from torch import nn
 
 
 class Linear(nn.Module):
@@ -24,18 +21,11 @@ class Linear(nn.Module):
 
 
 class Table(nn.Module):
-    """Embeddings [V, e] of one field: a linear map of a one-hot, multi-hot or scalar input."""
+    """Embeddings [V, e] of one field: a linear map of a one-hot, multi-hot or scalar input; lookup.py applies it."""
 
     def __init__(self, size: int, width: int, scale: float = 0.1) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(size, width) * scale)
-
-    def forward(self, bag: Bag) -> Tensor:
-        """Weighted sums of the rows that each bag names: [n, e]."""
-        if bag.weight is None:
-            return F.embedding(bag.index[:, 0], self.weight)
-        # not embedding_bag: its reverse pass sorts the indices, which costs more than the rows written out here
-        return (F.embedding(bag.index, self.weight) * bag.weight.unsqueeze(-1)).sum(1)
 
 
 Map = Linear | Table

@@ -1,15 +1,18 @@
 """Inner products of weighted bags of indices: what `x xᵀ` is when x is one-hot or multi-hot.
 
-Shape letters: b tasks, R and S rows, M values of a bag.
+Shape letters: b tasks, R and S rows, M and N values of a bag, V indices of a vocabulary.
 """
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from distmeta.tasks import Bag
 
-DENSE_VOCABULARY = 64
-"""Up to this many indices a multi-hot matrix and one product beat comparing value by value."""
+SMALL_VOCABULARY = 64
+"""Up to this many indices the multi-hot matrices have a column for each; above, for those that the task has."""
+AT_ONCE = 1 << 20
+"""Elements of multi-hot matrices that are made at once, so that they stay in the processor's cache."""
 
 
 def overlap(rows: Bag, others: Bag, size: int, dtype: torch.dtype) -> Tensor:
@@ -28,21 +31,27 @@ def overlap(rows: Bag, others: Bag, size: int, dtype: torch.dtype) -> Tensor:
             if rows.weight is None or others.weight is None
             else same * (rows.weight * others.weight.transpose(1, 2))
         )
-    if size <= DENSE_VOCABULARY:
-        return torch.bmm(_dense(rows, size, dtype), _dense(others, size, dtype).transpose(1, 2))
+    if size > SMALL_VOCABULARY:
+        q, s, size = _local(q, s)
     qw, sw = _weights(rows, dtype), _weights(others, dtype)
-    total = torch.zeros(q.shape[0], q.shape[1], s.shape[1], dtype=dtype, device=q.device)
-    for m in range(q.shape[-1]):
-        for n in range(s.shape[-1]):
-            product = qw[:, :, m, None] * sw[:, None, :, n]
-            total += product.masked_fill_(q[:, :, m, None] != s[:, None, :, n], 0)
-    return total
+    tasks = max(1, AT_ONCE // max(1, (q.shape[1] + s.shape[1]) * size))
+    parts = zip(*(t.split(tasks) for t in (q, qw, s, sw)), strict=True)
+    return torch.cat([torch.bmm(_hot(i, w, size), _hot(j, v, size).transpose(1, 2)) for i, w, j, v in parts])
+
+
+def _local(q: Tensor, s: Tensor) -> tuple[Tensor, Tensor, int]:
+    """The same indices numbered anew within each task, from 0 in order, and the most that a task has."""
+    both = torch.cat([q.flatten(1), s.flatten(1)], 1)
+    values, order = both.sort(1)
+    number = F.pad((values[:, 1:] != values[:, :-1]).cumsum(1), (1, 0))
+    local = torch.empty_like(both).scatter_(1, order, number)
+    a, b = local.split([q.shape[1] * q.shape[2], s.shape[1] * s.shape[2]], 1)
+    return a.view(q.shape), b.view(s.shape), int(number[:, -1].max()) + 1
 
 
 def _weights(bag: Bag, dtype: torch.dtype) -> Tensor:
     return torch.ones(bag.index.shape, dtype=dtype, device=bag.index.device) if bag.weight is None else bag.weight
 
 
-def _dense(bag: Bag, size: int, dtype: torch.dtype) -> Tensor:
-    hot = torch.zeros(*bag.index.shape[:-1], size, dtype=dtype, device=bag.index.device)
-    return hot.scatter_add_(-1, bag.index, _weights(bag, dtype))
+def _hot(index: Tensor, weight: Tensor, size: int) -> Tensor:
+    return weight.new_zeros(*index.shape[:-1], size).scatter_add_(-1, index, weight)

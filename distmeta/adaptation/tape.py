@@ -149,6 +149,20 @@ class Tape:
         self._reverse.append(reverse)
         return node
 
+    def add(self, *terms: Node) -> Node:
+        """The sum of values of one shape, or per task."""
+        first, *others = (t.part.rows() for t in terms)
+        node = Node(Dense(sum(others, start=first)), any(t.needs for t in terms))
+
+        def reverse(records: Records) -> None:
+            for t in terms:
+                if t.needs and node.delta is not None:
+                    d = node.delta
+                    t.receive(d.sum(1, keepdim=True) if isinstance(t.part, PerTask) and d.shape[1] != 1 else d)
+
+        self._reverse.append(reverse)
+        return node
+
     def backward(self, out: Node, delta: Tensor) -> Records:
         """(input, δ) of every place of use of every adapted map, given ∂L/∂out [b, R, 1]; each L is one task's loss."""
         out.receive(delta)

@@ -32,3 +32,25 @@ def test_evaluate_takes_several_runs(small: Location, tmp_path, capsys):
     assert cli.main(["evaluate", "--run", str(tmp_path / "0"), str(tmp_path / "1")]) == 0
     said = capsys.readouterr().out.split("all 2 runs together")[1]
     assert re.search(r"C-W +-\d", said)  # bias beats the constant, pooled
+
+
+def test_runs_that_have_nothing_in_common_are_not_pooled(small: Location, tmp_path, capsys):
+    """One number over two methods or two protocols would be believed."""
+    for name, argv in (
+        ("a", ["bias"]),
+        ("method", ["constant"]),
+        ("protocol", ["bias", "--protocol", "melu"]),
+        ("options", ["bias", "--max-ratings", "20"]),
+    ):
+        assert cli.main(["train", *argv, "--data", str(small), "--run", str(tmp_path / name)]) == 0
+    for name, says in (
+        ("a", "is named twice"),
+        ("method", "its method is constant, that of"),
+        ("protocol", "its protocol is melu, that of"),
+        ("options", "its set of protocol options is {'max_ratings': 20"),
+    ):
+        before = (tmp_path / "a" / "report.html").stat().st_mtime_ns
+        capsys.readouterr()
+        assert cli.main(["evaluate", "--run", str(tmp_path / "a"), str(tmp_path / name)]) == 2
+        assert says in capsys.readouterr().err
+        assert (tmp_path / "a" / "report.html").stat().st_mtime_ns == before, "nothing was written"

@@ -46,19 +46,43 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--data", metavar="DATASET", help="where the runs' dataset lies now, if it was moved")
     args = parser.parse(argv)
     found: list[Frames] = []
-    for run in map(Location.of, args.run):
-        config = rundir.stored(run)
-        place = Location.of(args.data or config.data.data)
+    runs = [Location.of(run) for run in args.run]
+    configs = [rundir.stored(run) for run in runs]
+    places = [Location.of(args.data or config.data.data) for config in configs]
+    _check_alike(runs, configs, places)
+    for run, config, place in zip(runs, configs, places, strict=True):
         dataset = Dataset.open(place)
         options = protocols.protocol_options(config.data)
         table = tasktable.make(place, config.data.protocol, config.data.split_seed, options)
         process.prepare(config.train.threads)
-        if len(args.run) > 1:
+        if len(runs) > 1:
             print(f"\n{run}")
         found.append(evaluate(config, run, place, dataset, table))
     if len(found) > 1:
         print(f"\nall {len(found)} runs together\n{pooled_table(found)}")
     return 0
+
+
+def _check_alike(runs: Sequence[Location], configs: Sequence[Config], places: Sequence[Location]) -> None:
+    """UserError where runs cannot be judged together: their tasks, pooled, would answer no question."""
+    first = configs[0]
+    manifest = Dataset.open(places[0])
+    for i, (run, config, place) in enumerate(zip(runs, configs, places, strict=True)):
+        other = Dataset.open(place)
+        if run in runs[:i]:
+            raise UserError(f"{run}: is named twice; name each run once")
+        for what, mine, theirs in (
+            ("method", config.method, first.method),
+            ("protocol", config.data.protocol, first.data.protocol),
+            ("dataset", other.name, manifest.name),
+            ("number of interactions", other.interactions, manifest.interactions),
+            ("set of protocol options", *(protocols.protocol_options(c.data) for c in (config, first))),
+        ):
+            if mine != theirs:
+                raise UserError(
+                    f"{run}: its {what} is {mine}, that of {runs[0]} is {theirs}; only runs of one method on one"
+                    " dataset and protocol can be judged together, so evaluate these one by one"
+                )
 
 
 def evaluate(config: Config, run: Location, place: Location, dataset: Dataset, table: TaskTable) -> "Frames":

@@ -25,9 +25,7 @@ ITEMS = 12
 
 
 def dataset() -> Dataset:
-    return Dataset(
-        "world", Label("rating", 1, 5), USER_FIELDS, ITEM_FIELDS, users=50, items=ITEMS, interactions=500
-    )
+    return Dataset("world", Label("rating", 1, 5), USER_FIELDS, ITEM_FIELDS, users=50, items=ITEMS, interactions=500)
 
 
 def bags(fields: Sequence[Field], n: int, g: torch.Generator) -> dict[str, Bag]:
@@ -37,9 +35,7 @@ def bags(fields: Sequence[Field], n: int, g: torch.Generator) -> dict[str, Bag]:
         if f.type == "categorical":
             out[f.name] = Bag(torch.randint(f.size, (n, 1), generator=g), None)
         elif f.type == "numeric":
-            out[f.name] = Bag(
-                torch.zeros(n, 1, dtype=torch.int64), torch.randn(n, 1, generator=g, dtype=torch.float64)
-            )
+            out[f.name] = Bag(torch.zeros(n, 1, dtype=torch.int64), torch.randn(n, 1, generator=g, dtype=torch.float64))
         else:
             index = torch.randint(1, min(f.size, 9), (n, 3), generator=g)
             count = torch.randint(1, 4, (n, 1), generator=g)
@@ -99,12 +95,14 @@ def one_task(
 
 
 def network(parameters: dict[str, Tensor], inputs: list[Tensor]) -> Tensor:
-    x = torch.cat([m @ parameters[f"table{i}"] for i, m in enumerate(inputs)], -1)
+    x = features = torch.cat([m @ parameters[f"table{i}"] for i, m in enumerate(inputs)], -1)
     depth = sum(name.startswith("W") for name in parameters)
     for layer in range(depth):
         x = x @ parameters[f"W{layer}"] + parameters[f"b{layer}"]
         if layer + 1 < depth:
             x = x.relu()
+    if "wide" in parameters:
+        x = x + features @ parameters["wide"] + parameters["wide bias"]
     return x.squeeze(-1)
 
 
@@ -112,8 +110,10 @@ def parameters(method: GradientMethod) -> dict[str, Tensor]:
     """The method's shared parameters by the names that `network` uses."""
     tables = [*method.embedding.users().values(), *method.embedding.items().values()]
     named = {f"table{i}": t.weight for i, t in enumerate(tables)}
-    for i, layer in enumerate(method.decision):
+    for i, layer in enumerate(method.decision.layers):
         named |= {f"W{i}": layer.weight, f"b{i}": layer.bias}
+    if method.decision.wide is not None:
+        named |= {"wide": method.decision.wide.weight, "wide bias": method.decision.wide.bias}
     return named
 
 
@@ -123,9 +123,7 @@ def losses(method: GradientMethod, batch: TaskBatch, rate=None) -> Tensor:
     rate(block, b, map) -> step size; default: the method's own, one a layer.
     """
     shared = parameters(method)
-    adapted = {id(m.weight) for m in method.adapted()} | {
-        id(m.bias) for m in method.adapted() if hasattr(m, "bias")
-    }
+    adapted = {id(m.weight) for m in method.adapted()} | {id(m.bias) for m in method.adapted() if hasattr(m, "bias")}
     owner = {id(p): m for m in method.adapted() for p in m.parameters()}
     out = []
     for block in batch:
@@ -152,9 +150,7 @@ def gradients(loss: Tensor, method: GradientMethod) -> dict[str, Tensor]:
     """Meta-gradient of the summed loss by parameter name; zero where it does not reach."""
     named = {n: p for n, p in method.named_parameters() if p.requires_grad}
     values = torch.autograd.grad(loss.sum(), list(named.values()), allow_unused=True)
-    return {
-        n: torch.zeros_like(p) if v is None else v for (n, p), v in zip(named.items(), values, strict=True)
-    }
+    return {n: torch.zeros_like(p) if v is None else v for (n, p), v in zip(named.items(), values, strict=True)}
 
 
 def build(cls: type[GradientMethod], options, seed: int = 0) -> GradientMethod:

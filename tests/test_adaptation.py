@@ -50,6 +50,16 @@ def test_losses_and_meta_gradients_equal_plain_autograd(name, steps, first_order
     close(oracle.gradients(ours, m), oracle.gradients(theirs, m))
 
 
+@pytest.mark.parametrize(("name", "form"), itertools.product(("melu", "metacs"), ("auto", "dual", "private")))
+def test_a_linear_path_beside_the_layers_equals_plain_autograd(name, form):
+    """Features that feed two maps at once: δ of both places add up below them."""
+    m = method(name, steps=3, form=form, wide=True)
+    batch = oracle.batch(*RAGGED)
+    ours, theirs = m.loss(batch), oracle.losses(m, batch)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    close(oracle.gradients(ours, m), oracle.gradients(theirs, m))
+
+
 @pytest.mark.parametrize("name", ["melu", "metacs"])
 def test_meta_gradient_agrees_with_finite_differences(name):
     m = method(name, steps=2)

@@ -37,10 +37,9 @@ class GradientMethod(Method):
     def __init__(self, options: Any, dataset: Dataset, items: dict[str, Bag]) -> None:
         super().__init__(options, dataset, items)
         self.embedding = Embedding(dataset, items, options.embedding, options.item_ids)
-        self.decision = Decision(self.embedding.user_width + self.embedding.item_width, options.hidden)
+        self.decision = Decision(self.embedding.user_width + self.embedding.item_width, options.hidden, options.wide)
         with torch.no_grad():  # start from the middle of the scale instead of learning it
-            *_, output = self.decision
-            output.bias.fill_((dataset.label.minimum + dataset.label.maximum) / 2)
+            self.decision.output_bias.fill_((dataset.label.minimum + dataset.label.maximum) / 2)
         names = self.adapted()
         self.log_rate = nn.Parameter(
             torch.full((len(names),), options.local_lr).log(), requires_grad=options.learn_rates

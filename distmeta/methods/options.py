@@ -41,6 +41,7 @@ class Gradient:
 
     embedding: int = option(32, "Width of a field's embedding.", least=1)
     hidden: tuple[int, ...] = option((64, 64), "Widths of the decision MLP's hidden layers.", least=1)
+    wide: bool = option(False, "Add a linear path from the features to the output, adapted like the other layers.")
     item_ids: bool = option(False, "Use the item's id as a feature too; the papers use content alone.")
     steps: int = option(5, "Inner gradient steps on the support; MeLU's paper takes 1.", least=0)
     local_lr: float = option(0.1, "Inner step size; where it is learned, what it starts from.", least=0)

@@ -128,9 +128,7 @@ def test_of_repeated_ratings_the_last_by_time_is_kept(tmp_path: Path) -> None:
     _, _, rows = decoded(tmp_path / "d")
     kept = {(u, i): r for u, i, r, _ in rows.rows()}
     assert kept == {("2", "9"): 3.0, ("2", "1"): 2.0, ("2", "5"): 1.0, ("10", "1"): 5.0}
-    assert (
-        Dataset.open(str(tmp_path / "d")).extra["dropped"]["earlier_ratings_of_the_same_user_and_item"] == 2
-    )
+    assert Dataset.open(str(tmp_path / "d")).extra["dropped"]["earlier_ratings_of_the_same_user_and_item"] == 2
 
 
 BROKEN_1M: dict[str, tuple[str, Mend | None, str]] = {
@@ -170,9 +168,7 @@ BROKEN_1M: dict[str, tuple[str, Mend | None, str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN_1M)
-def test_a_broken_movielens_is_one_sentence(
-    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_broken_movielens_is_one_sentence(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name, mend, sentence = BROKEN_1M[case]
     _made_1m(tmp_path / "raw")
     file = tmp_path / "raw" / name
@@ -182,9 +178,7 @@ def test_a_broken_movielens_is_one_sentence(
         changed = mend(file.read_text(encoding="latin-1"))
         assert changed != file.read_text(encoding="latin-1")
         file.write_text(changed, encoding="latin-1")
-    check_refused(
-        _prepare("movielens-1m", tmp_path / "raw", tmp_path / "d"), capsys, tmp_path / "d", sentence
-    )
+    check_refused(_prepare("movielens-1m", tmp_path / "raw", tmp_path / "d"), capsys, tmp_path / "d", sentence)
 
 
 def test_broken_100k_and_extra_infos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,9 +200,7 @@ def test_broken_100k_and_extra_infos(tmp_path: Path, capsys: pytest.CaptureFixtu
     _made_1m(tmp_path / "raw")
     (tmp_path / "raw/movies_extrainfos.dat").write_bytes(b"1::a::1995::G::b::c::d::e::f::g::h\r\n2::\xe9\r\n")
     sentence = "movies_extrainfos.dat, line 2: not utf-8 text"
-    check_refused(
-        _prepare("movielens-1m", tmp_path / "raw", tmp_path / "e"), capsys, tmp_path / "e", sentence
-    )
+    check_refused(_prepare("movielens-1m", tmp_path / "raw", tmp_path / "e"), capsys, tmp_path / "e", sentence)
 
 
 def test_a_dataset_is_never_overwritten_and_a_half_written_one_is(
@@ -236,9 +228,7 @@ def test_a_dataset_is_never_overwritten_and_a_half_written_one_is(
     mine = tmp_path / "mine"
     (mine / "users").mkdir(parents=True)
     (mine / "users/thesis.txt").write_text("years of work")
-    check_refused(
-        _prepare("movielens-1m", tmp_path / "raw", mine), capsys, mine, "holds other files (users/thesis"
-    )
+    check_refused(_prepare("movielens-1m", tmp_path / "raw", mine), capsys, mine, "holds other files (users/thesis")
     assert (mine / "users/thesis.txt").read_text() == "years of work"
 
 
@@ -255,9 +245,7 @@ def test_parts_are_bounded_and_never_cut_a_user(tmp_path: Path) -> None:
             assert end - start <= limit or len(set(user[start:end])) == 1
             assert end == len(user) or user[end - 1] != user[end]
             assert end == len(user) or np.sum(user == user[end]) > limit - (end - start)  # no room for more
-    frame = pl.DataFrame(
-        {"user": [3, 1, 2, 3, 1], "item": ["b", "a", "a", "a", "c"], "label": 1.0, "time": 0}
-    )
+    frame = pl.DataFrame({"user": [3, 1, 2, 3, 1], "item": ["b", "a", "a", "a", "c"], "label": 1.0, "time": 0})
     written = {}
     for limit in (1, 2, 100):
         where = Location.of(tmp_path / str(limit))
@@ -279,9 +267,7 @@ def test_ids_sort_by_number_where_all_are_numbers() -> None:
 
 
 def test_last_of_pairs_keeps_file_order() -> None:
-    frame = pl.DataFrame(
-        {"user": [1, 1, 2, 1], "item": [1, 2, 1, 1], "label": [1, 2, 3, 4], "time": [5, 9, 1, 5]}
-    )
+    frame = pl.DataFrame({"user": [1, 1, 2, 1], "item": [1, 2, 1, 1], "label": [1, 2, 3, 4], "time": [5, 9, 1, 5]})
     kept, gone = last_of_pairs(frame)
     assert gone == 1
     assert kept["label"].to_list() == [2, 3, 4]

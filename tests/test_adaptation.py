@@ -50,7 +50,7 @@ def test_losses_and_meta_gradients_equal_plain_autograd(name, steps, first_order
     close(oracle.gradients(ours, m), oracle.gradients(theirs, m))
 
 
-@pytest.mark.parametrize(("name", "form"), itertools.product(("melu", "metacs"), ("auto", "dual", "private")))
+@pytest.mark.parametrize(("name", "form"), list(itertools.product(("melu", "metacs"), ("auto", "dual", "private"))))
 def test_a_linear_path_beside_the_layers_equals_plain_autograd(name, form):
     """Features that feed two maps at once: δ of both places add up below them."""
     m = method(name, steps=3, form=form, wide=True)

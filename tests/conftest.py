@@ -12,9 +12,12 @@ from distmeta.data.sources import movielens, synthetic
 from distmeta.storage import Location
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    """Sums in one order: what tests compare bit for bit must not depend on the machine's cores."""
+    """Sums in one order: what tests compare bit for bit depends neither on the cores nor on the test before.
+
+    A command sets the threads of its process, which here is that of the tests.
+    """
     torch.set_num_threads(1)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -74,9 +75,13 @@ def numerics(threads: int, device: torch.device) -> Iterator[None]:
         deterministic.fill_uninitialized_memory = fill
 
 
+_GENERATOR = threading.Lock()
+"""torch's generator is the process's: workers that are threads would draw their initial parameters from each other."""
+
+
 def build_method(config: Config, dataset: Dataset, items: dict[str, Bag], device: torch.device) -> Method:
     """The method with its initial parameters, which depend on --seed (and the shapes) alone."""
-    with torch.random.fork_rng(devices=[]):
+    with _GENERATOR, torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         method = method_class(config.method)(config.method_options, dataset, items)
     return method.to(device)

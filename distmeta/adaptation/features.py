@@ -16,32 +16,26 @@ from distmeta.adaptation import products
 from distmeta.adaptation.lookup import gather
 
 
-class PerTask:
+class _Expanded:
+    """A part that holds its rows."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        self.width = x.shape[-1]
+
+    def rows(self) -> Tensor:
+        return self.x
+
+    def product(self, weight: Tensor, whole: Tensor, first: int) -> Tensor:
+        return self.x @ weight
+
+
+class PerTask(_Expanded):
     """A part that is the same in every row of a task: x [b, 1, d]."""
 
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
-        self.width = x.shape[-1]
 
-    def rows(self) -> Tensor:
-        return self.x
-
-    def product(self, weight: Tensor, whole: Tensor, first: int) -> Tensor:
-        return products.affine(self.x, weight)
-
-
-class Dense:
+class Dense(_Expanded):
     """A part with a value of its own in each row: x [b, R, d]."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
-        self.width = x.shape[-1]
-
-    def rows(self) -> Tensor:
-        return self.x
-
-    def product(self, weight: Tensor, whole: Tensor, first: int) -> Tensor:
-        return products.affine(self.x, weight)
 
 
 @dataclass

@@ -27,7 +27,7 @@ class _Expanded:
         return self.x
 
     def product(self, weight: Tensor, whole: Tensor, first: int) -> Tensor:
-        return self.x @ weight
+        return products.affine(self.x, weight)
 
 
 class PerTask(_Expanded):

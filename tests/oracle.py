@@ -89,7 +89,7 @@ def one_task(
         bag = block.user[name].take(torch.full((n,), b))
         inputs.append(hot(bag, len(table.weight)))
     for name, table in method.embedding.items().items():
-        bag = Bag(ids[:, None], None) if name == ITEM_ID else method.item_bags[name].take(ids)
+        bag = Bag(ids[:, None], None) if name == ITEM_ID else items()[name].take(ids)
         inputs.append(hot(bag, len(table.weight)))
     return inputs, side.label[b, :n]
 

@@ -124,17 +124,14 @@ def test_personal_initial_weights():
 def test_caveat_1_first_order_carries_no_graph_of_the_support():
     """First order detaches every stored input: the gradient is that of the query at fixed fast weights, and differs."""
     batch = oracle.batch(*RAGGED)
-    first, exact = method("metacs", steps=2, first_order=True), method("metacs", steps=2)
-    encoded = first.embedding.encode(batch)
-    fast = first.fast_weights(batch.blocks[0], encoded)
-    for dual in fast.linear.values():
-        stored = (
-            list(dual.weights) if hasattr(dual, "weights") else [p.rows() for pair in dual.pairs for p in pair.x.parts]
-        )
-        rates = {id(first.log_rate.grad_fn)}
-        assert all(t.grad_fn is None or id(t.grad_fn) not in rates for t in stored)
-    for pair in (pair for dual in fast.linear.values() if hasattr(dual, "pairs") for pair in dual.pairs):
-        assert not any(p.rows().requires_grad for p in pair.x.parts)
+    first, exact = method("metacs", steps=2, first_order=True, form="dual"), method("metacs", steps=2, form="dual")
+    stored = {}
+    for m in (first, exact):
+        fast = m.fast_weights(batch.blocks[0], m.embedding.encode(batch))
+        pairs = [pair for layer in fast.linear.values() for pair in layer.pairs]
+        stored[m] = [t for pair in pairs for t in (pair.delta, *(p.rows() for p in pair.x.parts))]
+    assert not any(t.requires_grad for t in stored[first])
+    assert all(t.requires_grad for t in stored[exact])
     a, b = oracle.gradients(first.loss(batch), first), oracle.gradients(exact.loss(batch), exact)
     assert max(float((a[n] - b[n]).abs().max() / b[n].abs().max()) for n in a if n != "log_rate") > 0.05
 

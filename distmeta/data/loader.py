@@ -89,7 +89,6 @@ class Loader:
         mine = [v for v in range(table.shards) if v % world == rank and sizes[v]]
         self._shard = np.repeat(np.array(mine, np.int64), sizes[mine])
         self._place = _places(sizes)[:, mine]
-        self._first = np.cumsum(sizes[mine]) - sizes[mine]
         self._sizes = sizes[mine]
         tables = table.read(split, mine)
         self._cohort = pl.concat([pl.Series([], dtype=pl.String), *(pl.Series(t["cohort"]) for t in tables)])

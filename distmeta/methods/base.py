@@ -38,7 +38,6 @@ class Method(nn.Module, ABC):
         super().__init__()
         self.options = options
         self.dataset = dataset
-        self.item_bags = items
 
     @abstractmethod
     def adapt(self, batch: TaskBatch) -> list[Any]:

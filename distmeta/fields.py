@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -22,14 +23,17 @@ def option(
     least: float | None = None,
     above: float | None = None,
     most: float | None = None,
+    pattern: tuple[str, str] | None = None,
 ) -> Any:
     """A dataclass field with its default, the sentence that `--help` shows, and what it may be.
 
     Args:
         choices: the words it may be.
         least, most: the smallest and the largest number it may be; `above`: a number it must exceed.
+        pattern: a regular expression that the text (or a number's digits) must match, and that in words.
     """
-    metadata = {"help": help, "choices": choices, "least": least, "above": above, "most": most}
+    limits = {"choices": choices, "least": least, "above": above, "most": most, "pattern": pattern}
+    metadata = {"help": help, **limits}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -88,7 +92,8 @@ def build(section: type[T], values: Mapping[str, Any], where: str, flags: bool =
                 f"{where}: unknown key {key!r}{nearest(str(key), known)}; known: {' '.join(known) or 'none'}"
             )
         name = f"{where}: " + ("--" + key.replace("_", "-") if flags else key)
-        checked[key] = _checked(value, hints[key], name)
+        digits = known[key].metadata["pattern"] and isinstance(value, int) and not isinstance(value, bool)
+        checked[key] = _checked(str(value) if digits else value, hints[key], name)
         _in_range(checked[key], known[key].metadata, name)
     return section(**checked)
 
@@ -122,6 +127,9 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
 
 def _in_range(value: Any, limits: Mapping[str, Any], name: str) -> None:
     choices = limits.get("choices")
+    pattern = limits.get("pattern")
+    if pattern and not re.fullmatch(pattern[0], value):
+        raise UserError(f"{name} is {value!r}; it must be {pattern[1]}")
     largest = 2**63 - 1  # of what torch, numpy and Parquet count with
     for v in value if isinstance(value, tuple) else (value,):
         if choices and v not in choices:

@@ -41,11 +41,6 @@ def main(argv: Sequence[str]) -> int:
         UserError: usage or bad input. RunError: the run failed.
     """
     config = parse(argv)
-    if config.train.workers:
-        raise UserError(
-            f"--workers {config.train.workers}: training on Ray workers comes with the Ray trainer;"
-            " use --workers 0, which trains in this process"
-        )
     from distmeta import process
     from distmeta.data import protocols, tasktable
     from distmeta.data.schema import Dataset
@@ -185,7 +180,12 @@ def _drive(config: Config, run: Location, place: Location, dataset: "Dataset", t
         ).encode()
     )
     print(f"{config.method} on {dataset.name}, {table.protocol}, split {table.split_hash[:12]} -> {run}")
-    outcome = trainer.train(config, run, dataset, place, table)
+    if config.train.workers == "0":
+        outcome = trainer.train(config, run, dataset, place, table)
+    else:
+        from distmeta.parallel import launch
+
+        outcome = launch.train(config, run, table)
     if summary and before and before.step == outcome.steps:
         finish.write_json(summary)
         print(f"{run}: was finished already (best step {outcome.best_step}); report: {run / 'report.html'}")

@@ -1,0 +1,64 @@
+"""The exchange between worker processes: sums and gathers on torch.distributed (gloo on CPUs, NCCL on GPUs)."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distmeta.parallel.update import Exchange
+
+
+class ExchangeBroken(RuntimeError):
+    """Another worker died, hung or left: this one cannot go on, a new group of workers can."""
+
+
+class TorchExchange(Exchange):
+    """An Exchange over the default process group, which Ray Train has made."""
+
+    def __init__(self) -> None:
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.calls = 0
+        """Exchanges that this worker has come to; the same number on all workers means the same exchange."""
+        self.inside = False
+        """Whether it waits in the last of them."""
+
+    def sum(self, flat: Tensor) -> Tensor:
+        """Replace the 1-d tensor `flat` by its sum over all workers, in place, and return it.
+
+        The order of the additions depends on the number of workers alone, so equal runs give equal bits.
+
+        Raises:
+            ExchangeBroken: another worker died, or did not come within the group's timeout.
+        """
+        if self.world > 1:
+            self._run(lambda: dist.all_reduce(flat))
+        return flat
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """Everyone's `data`, by rank, on every worker. Sizes may differ."""
+        if self.world == 1:
+            return [data]
+        mine = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)
+        sizes = torch.zeros(self.world, dtype=torch.int64)
+        self._run(lambda: dist.all_gather_into_tensor(sizes, torch.tensor([len(data)])))
+        width = max(int(sizes.max()), 1)
+        padded = torch.zeros(width, dtype=torch.uint8)
+        padded[: len(mine)] = mine
+        everyone = torch.empty(self.world * width, dtype=torch.uint8)
+        self._run(lambda: dist.all_gather_into_tensor(everyone, padded))
+        rows = everyone.view(self.world, width).numpy()
+        return [row[:size].tobytes() for row, size in zip(rows, sizes.tolist(), strict=True)]
+
+    def leave(self) -> None:
+        """Close this worker's connections, so that the others' exchanges fail at once instead of waiting."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _run(self, collective: object) -> None:
+        self.calls += 1
+        self.inside = True
+        try:
+            collective()  # type: ignore[operator]
+        except RuntimeError as e:
+            raise ExchangeBroken(f"worker {self.rank}: exchange {self.calls} failed: {e}") from e
+        finally:
+            self.inside = False

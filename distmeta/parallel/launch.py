@@ -1,0 +1,123 @@
+"""The driver's side of training on Ray: start the workers, show what they say, turn what goes wrong into sentences."""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from distmeta import config as config_module
+from distmeta.config import Config
+from distmeta.data.tasktable import TaskTable
+from distmeta.errors import RunError, UserError
+from distmeta.parallel import cluster
+from distmeta.parallel.trainer import Outcome
+from distmeta.storage import Location
+
+
+def workers(config: Config) -> tuple[int, int]:
+    """Least and most workers of --workers: N or A:B."""
+    least, _, most = config.train.workers.partition(":")
+    return int(least), int(most or least)
+
+
+def train(config: Config, run: Location, table: TaskTable, log: Callable[[str], None] = print) -> Outcome:
+    """Train on --workers Ray Train workers; as trainer.train, but for where the work is done.
+
+    Raises:
+        UserError: no cluster, too small a cluster, more workers than shards, data that a worker cannot read.
+        RunError: training failed, or workers died more often than --max-failures.
+    """
+    least, most = workers(config)
+    if most > table.shards:
+        raise UserError(f"--workers {most}: the task table has {table.shards} shards, and a worker needs one of its own")
+    with cluster.connected(least, config.train.threads, config.train.gpu, log):
+        return _fit(config, run, table, log)
+
+
+def _fit(config: Config, run: Location, table: TaskTable, log: Callable[[str], None]) -> Outcome:
+    from ray.train import TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+    from distmeta.parallel import board as boards
+    from distmeta.parallel import delivery, worker
+
+    try:
+        datasets = delivery.materialise(table)
+    except Exception as e:
+        raise _cause(e) or e from None
+    board = boards.create()
+    watch = boards.Watch(board, log, 0.9 * config.train.exchange_timeout)
+    failure, error, outcome = None, None, None
+    try:
+        trainer = TorchTrainer(
+            worker.run,
+            train_loop_config={"config": config_module.plain(config), "table": str(table.location), "board": board},
+            datasets=datasets,
+            dataset_config=delivery.ShardConfig({split: table.sizes(split) for split in datasets}),
+            **_ray_config(config, run, boards.Deaths(board)),
+        )
+        outcome = trainer.fit().return_value
+    except TrainingFailedError as e:
+        error = e
+    finally:
+        failure = watch.close()
+    if failure:
+        kind, sentence = failure
+        raise (UserError if kind == "UserError" else RunError)(sentence)
+    if error:
+        raise _failed(config, run, error) from error
+    return Outcome(**outcome)
+
+
+def _ray_config(config: Config, run: Location, callback: Any) -> dict[str, Any]:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig
+
+    o = config.train
+    least, most = workers(config)
+    storage = run / ".ray"
+    return {
+        "torch_config": TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if o.gpu else "gloo", timeout_s=o.exchange_timeout
+        ),
+        "scaling_config": ScalingConfig(
+            num_workers=least if least == most else (least, most),
+            use_gpu=o.gpu,
+            resources_per_worker={"CPU": o.threads, **({"GPU": 1} if o.gpu else {})},
+        ),
+        "run_config": RunConfig(
+            name=f"launch-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+            storage_path=storage.path,
+            storage_filesystem=None if storage.is_local else storage.fs,
+            failure_config=FailureConfig(max_failures=o.max_failures, controller_failure_limit=2),
+            callbacks=[callback],
+        ),
+    }
+
+
+def _cause(e: BaseException | None) -> UserError | RunError | None:
+    """Our own sentence inside what Ray has wrapped around it."""
+    while e is not None:
+        inner = getattr(e, "cause", None)
+        for candidate in (e, inner):
+            if isinstance(candidate, UserError | RunError):
+                kind = UserError if isinstance(candidate, UserError) else RunError
+                return kind(str(inner or candidate))
+        e = e.__cause__ or e.__context__
+    return None
+
+
+def _failed(config: Config, run: Location, e: Exception) -> RunError:
+    """A sentence for a `fit()` that failed."""
+    from ray.train import WorkerGroupError
+
+    again = f"mend that, then `train --run {run} --resume` goes on from the newest checkpoint"
+    if isinstance(e, WorkerGroupError):
+        what = "; ".join(f"worker {r}: {_line(x)}" for r, x in sorted(e.worker_failures.items()))
+        return RunError(f"workers failed more than --max-failures {config.train.max_failures} times ({what}); {again}")
+    return RunError(f"the workers could not be started: {_line(getattr(e, 'controller_failure', e))}; {again}")
+
+
+def _line(e: BaseException) -> str:
+    lines = [line for line in str(e).strip().split("\n") if line]
+    return lines[-1] if lines else type(e).__name__

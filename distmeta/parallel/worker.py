@@ -1,0 +1,106 @@
+"""What a Ray Train worker runs: the training loop, with an exchange between processes and tasks from Ray Data."""
+
+import uuid
+from dataclasses import asdict
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+
+from distmeta import config as config_module
+from distmeta import process
+from distmeta.data.schema import Dataset
+from distmeta.data.tasktable import TaskTable
+from distmeta.errors import RunError, UserError
+from distmeta.methods import entry
+from distmeta.parallel import rundir, trainer
+from distmeta.parallel.board import Pulse
+from distmeta.parallel.collective import ExchangeBroken, TorchExchange
+from distmeta.parallel.delivery import DeliveredTable
+from distmeta.storage import Location
+
+
+def run(settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Train one rank of a run, from its newest complete checkpoint.
+
+    Args:
+        settings: `config` (the plain mapping of a Config), `table` (where the task table lies), `board`.
+
+    Returns:
+        The Outcome as a mapping; None where the run cannot be: then a worker has left the sentence on the board.
+
+    Raises:
+        ExchangeBroken: another worker was lost; Ray Train starts a new group of workers.
+    """
+    board = settings["board"]
+    if ray.get(board.failed.remote()):
+        return None
+    exchange = TorchExchange()
+    if exchange.rank == 0:
+        ray.get(board.start.remote(exchange.world))
+    pulse = Pulse(board, exchange)
+    try:
+        return _train(settings, exchange, lambda line: board.say.remote(line))
+    except ExchangeBroken:
+        if ray.get(board.failed.remote()):
+            return None
+        raise
+    except OSError:  # a disk or an object store that may be back when the next group of workers starts
+        raise
+    except Exception as e:
+        known = isinstance(e, UserError | RunError)
+        node = "" if known else f"worker {exchange.rank} ({pulse.place}): {type(e).__name__}: "
+        ray.get(board.fail.remote("UserError" if isinstance(e, UserError) else "RunError", f"{node}{e}"))
+        exchange.leave()
+        if known:
+            return None
+        raise
+    finally:
+        pulse.close()
+
+
+def _train(settings: dict[str, Any], exchange: TorchExchange, log: Any) -> dict[str, Any]:
+    config = restored(settings["config"])
+    process.prepare(config.train.threads)
+    run, place = Location.of(config.train.run), Location.of(config.data.data)
+    where = f"a worker on {ray.util.get_node_ip_address()}"
+    if not rundir.exists(run):
+        raise UserError(f"{run}: {where} does not see this run; choose a --run on storage that all nodes share")
+    if not (place / "dataset.json").exists():
+        raise UserError(f"{place}: {where} does not see this dataset; put it on storage that all nodes share")
+    table = DeliveredTable(**vars(TaskTable.open(Location.of(settings["table"]))))
+    fence = Fence(run, exchange) if exchange.rank == 0 else None
+    outcome = trainer.train(config, run, Dataset.open(place), place, table, exchange, log, fence=fence)
+    return asdict(outcome)
+
+
+def restored(plain: dict[str, Any]) -> config_module.Config:
+    """The Config whose `config.plain` this is."""
+    chosen = entry(plain["method"])
+    built = {
+        section: config_module.build(cls, plain[section], section)
+        for section, cls in (
+            ("data", config_module.DataOptions),
+            ("train", config_module.TrainOptions),
+            ("method_options", chosen.options),
+        )
+    }
+    return config_module.Config(plain["method"], built["method_options"], built["data"], built["train"])
+
+
+class Fence:
+    """Keeps a worker that was given up, but lives on, from writing into the run that others go on with.
+
+    A node that lost its cluster goes on training until it is told; the newest group of workers puts its name into
+    RUN/.ray/owner, and who finds another name there stops.
+    """
+
+    def __init__(self, run: Location, exchange: TorchExchange) -> None:
+        self.file, self.name = (run / ".ray").make_dir() / "owner", uuid.uuid4().hex.encode()
+        self.file.write_bytes(self.name)
+
+    def __call__(self) -> None:
+        """Raise ExchangeBroken where a newer group of workers has taken the run over."""
+        if self.file.read_bytes() != self.name:
+            raise ExchangeBroken(f"{self.file}: a newer group of workers goes on with this run")

@@ -56,9 +56,12 @@ class Board:
         since = now if moved or before is None else before["since"]
         self.workers[rank] = {"place": place, "calls": calls, "inside": inside, "since": since, "at": now}
 
-    def place(self, rank: int) -> str:
-        """Process and node of a worker, as far as known."""
-        return self.workers.get(rank, {}).get("place", "")
+    def lost(self, dead: list[int], left: list[int]) -> None:
+        """The group of workers is over: `dead` are gone, `left` could not go on without them."""
+        places = {r: f"worker {r} ({w['place']})" for r, w in self.workers.items()}
+        for rank in dead or left:
+            self.say(f"{places.get(rank, f'worker {rank}')} {'died' if dead else 'lost the others'}")
+        self.workers = {}
 
     def late(self, seconds: float) -> list[str]:
         """Workers that have not moved for `seconds` while others wait in a later exchange, named."""
@@ -72,15 +75,19 @@ class Board:
             if w["calls"] < furthest or now - w["at"] > seconds
         ]
 
-    def take(self, since: int) -> tuple[list[str], tuple[str, str] | None]:
-        """Lines from number `since` on, and the failure."""
-        return self.lines[since:], self.failure
+    def take(self, since: int) -> tuple[int, list[str], tuple[str, str] | None]:
+        """How many lines there are, those from number `since` on, and the failure.
+
+        A board that was restarted has forgotten the older ones and counts from 0 again.
+        """
+        return len(self.lines), self.lines[since if since <= len(self.lines) else 0 :], self.failure
 
 
 def create() -> Any:
     """A handle of a new Board on this node; it ends with this driver."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    return ray.remote(Board).options(**options).remote()
 
 
 class Pulse:
@@ -113,11 +120,8 @@ class Deaths(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Name the workers that are gone; the others' broken exchanges only follow from that."""
-        lost = [r for r, e in worker_exceptions.items() if "ExchangeBroken" not in f"{type(e).__name__} {e}"]
-        for rank in sorted(lost or worker_exceptions):
-            place = ray.get(self.board.place.remote(rank))
-            what = "died" if rank in lost else "lost the others"
-            self.board.say.remote(f"worker {rank}{f' ({place})' if place else ''} {what}")
+        left = [r for r, e in worker_exceptions.items() if "ExchangeBroken" in f"{type(e).__name__} {e}"]
+        self.board.lost.remote(sorted(worker_exceptions.keys() - left), sorted(left))
 
 
 class Watch:
@@ -143,8 +147,7 @@ class Watch:
                 self._look()
 
     def _look(self) -> None:
-        lines, self.failure = ray.get(self.board.take.remote(self._shown))
-        self._shown += len(lines)
+        self._shown, lines, self.failure = ray.get(self.board.take.remote(self._shown))
         for line in lines:
             self.log(line)
         for text in ray.get(self.board.late.remote(self.patience)):

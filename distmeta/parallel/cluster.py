@@ -44,7 +44,7 @@ def connected(needed: int, threads: int, gpu: bool, log: Callable[[str], None] =
     _authentication(address)
     import ray
 
-    if ray.is_initialized():  # a program's own, which is not ours to end
+    if ray.is_initialized():  # the connection of a program that calls us, which is not ours to end
         _await(needed, threads, gpu, log)
         yield
         return

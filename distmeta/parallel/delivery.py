@@ -60,7 +60,7 @@ def materialise(table: TaskTable) -> dict[str, Dataset]:
     Raises:
         UserError: a part is missing or damaged, or cannot be read on a node of the cluster.
     """
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns of what is meant so: no CPU is left to it
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True

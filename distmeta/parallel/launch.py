@@ -30,11 +30,24 @@ def train(config: Config, run: Location, table: TaskTable, log: Callable[[str], 
     least, most = workers(config)
     if most > table.shards:
         raise UserError(f"--workers {most}: the task table has {table.shards} shards, and a worker needs one of its own")
-    with cluster.connected(least, config.train.threads, config.train.gpu, log):
-        return _fit(config, run, table, log)
+    for attempt in range(config.train.max_failures + 1):
+        with cluster.connected(least, config.train.threads, config.train.gpu, log):
+            try:
+                return _fit(config, run, table, log)
+            except _ControllerLost as e:
+                if attempt == config.train.max_failures:
+                    raise _given_up(config, run, [f"Ray's controller: {_line(e)}"]) from e
+                log("Ray's controller of the workers died; starting again from the newest checkpoint")
+    raise AssertionError
+
+
+class _ControllerLost(Exception):
+    """The process that starts and watches the workers is gone, with its workers."""
 
 
 def _fit(config: Config, run: Location, table: TaskTable, log: Callable[[str], None]) -> Outcome:
+    """One `fit()` of Ray Train, which itself starts new workers for lost ones."""
+    import ray
     from ray.train import TrainingFailedError
     from ray.train.torch import TorchTrainer
 
@@ -47,7 +60,7 @@ def _fit(config: Config, run: Location, table: TaskTable, log: Callable[[str], N
         raise _cause(e) or e from None
     board = boards.create()
     watch = boards.Watch(board, log, 0.9 * config.train.exchange_timeout)
-    failure, error, outcome = None, None, None
+    error, outcome = None, None
     try:
         trainer = TorchTrainer(
             worker.run,
@@ -59,13 +72,18 @@ def _fit(config: Config, run: Location, table: TaskTable, log: Callable[[str], N
         outcome = trainer.fit().return_value
     except TrainingFailedError as e:
         error = e
+    except ray.exceptions.RayActorError as e:
+        raise _ControllerLost(_line(e)) from e
     finally:
         failure = watch.close()
+        ray.kill(board)
     if failure:
         kind, sentence = failure
         raise (UserError if kind == "UserError" else RunError)(sentence)
     if error:
         raise _failed(config, run, error) from error
+    if outcome is None:
+        raise RunError(f"{run}: the workers ended without a result; `train --run {run} --resume` goes on")
     return Outcome(**outcome)
 
 
@@ -111,11 +129,19 @@ def _failed(config: Config, run: Location, e: Exception) -> RunError:
     """A sentence for a `fit()` that failed."""
     from ray.train import WorkerGroupError
 
-    again = f"mend that, then `train --run {run} --resume` goes on from the newest checkpoint"
     if isinstance(e, WorkerGroupError):
-        what = "; ".join(f"worker {r}: {_line(x)}" for r, x in sorted(e.worker_failures.items()))
-        return RunError(f"workers failed more than --max-failures {config.train.max_failures} times ({what}); {again}")
-    return RunError(f"the workers could not be started: {_line(getattr(e, 'controller_failure', e))}; {again}")
+        return _given_up(config, run, [f"worker {r}: {_line(x)}" for r, x in sorted(e.worker_failures.items())])
+    return RunError(
+        f"the workers could not be started: {_line(getattr(e, 'controller_failure', e))}; mend that, then"
+        f" `train --run {run} --resume` goes on from the newest checkpoint"
+    )
+
+
+def _given_up(config: Config, run: Location, last: list[str]) -> RunError:
+    return RunError(
+        f"workers were lost more than --max-failures {config.train.max_failures} times, last {'; '.join(last)};"
+        f" mend that, then `train --run {run} --resume` goes on from the newest checkpoint"
+    )
 
 
 def _line(e: BaseException) -> str:

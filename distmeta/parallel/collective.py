@@ -1,5 +1,7 @@
 """The exchange between worker processes: sums and gathers on torch.distributed (gloo on CPUs, NCCL on GPUs)."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -38,26 +40,25 @@ class TorchExchange(Exchange):
         if self.world == 1:
             return [data]
         mine = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)
-        sizes = torch.zeros(self.world, dtype=torch.int64)
-        self._run(lambda: dist.all_gather_into_tensor(sizes, torch.tensor([len(data)])))
-        width = max(int(sizes.max()), 1)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
+        self._run(lambda: dist.all_gather(sizes, torch.tensor([len(data)])))
+        width = max(1, *(int(n) for n in sizes))
         padded = torch.zeros(width, dtype=torch.uint8)
         padded[: len(mine)] = mine
-        everyone = torch.empty(self.world * width, dtype=torch.uint8)
-        self._run(lambda: dist.all_gather_into_tensor(everyone, padded))
-        rows = everyone.view(self.world, width).numpy()
-        return [row[:size].tobytes() for row, size in zip(rows, sizes.tolist(), strict=True)]
+        everyone = [torch.empty(width, dtype=torch.uint8) for _ in range(self.world)]
+        self._run(lambda: dist.all_gather(everyone, padded))
+        return [row[: int(n)].numpy().tobytes() for row, n in zip(everyone, sizes, strict=True)]
 
     def leave(self) -> None:
         """Close this worker's connections, so that the others' exchanges fail at once instead of waiting."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def _run(self, collective: object) -> None:
+    def _run(self, collective: Callable[[], object]) -> None:
         self.calls += 1
         self.inside = True
         try:
-            collective()  # type: ignore[operator]
+            collective()
         except RuntimeError as e:
             raise ExchangeBroken(f"worker {self.rank}: exchange {self.calls} failed: {e}") from e
         finally:

@@ -59,7 +59,6 @@ def train(
     table: TaskTable,
     exchange: Exchange | None = None,
     log: Callable[[str], None] = print,
-    fence: Any = None,
 ) -> Outcome:
     """Train into RUN/checkpoints and RUN/metrics.jsonl, from the newest complete checkpoint if there is one.
 

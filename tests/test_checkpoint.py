@@ -167,6 +167,7 @@ def test_one_without_manifest_does_not_count_and_is_swept_up(run, small):
         (lambda f: rewrite(f, split_hash="0" * 64), ["another split", "--data"]),
         (lambda f: rewrite(f, cursor={"epoch": 1}), ["cursor or progress is of another distmeta (batch)"]),
         (lambda f: rewrite(f, progress={"mood": 1}), ["cursor or progress is of another distmeta", "mood"]),
+        (lambda f: rewrite(f, progress={"phases": {"compute": 1.0}}), ["progress is of another distmeta (adapt)"]),
         (lambda f: rewrite(f, config={"train.lr": 0.25}), ["config.yaml: train.lr is 0.002", "trained with 0.25"]),
         (lambda f: replace_tensors(f, "params", lambda t: t.pop("log_rate")), ["no tensor log_rate"]),
         (lambda f: replace_tensors(f, "params", lambda t: t.update(x=torch.ones(1))), ["tensor x is unknown"]),
@@ -183,7 +184,7 @@ def test_one_without_manifest_does_not_count_and_is_swept_up(run, small):
             ["no tensor log_rate.exp_avg"],
         ),
     ],
-    ids=["format", "method", "split", "cursor", "progress", "config", "missing", "unknown", "shape", "dtype", "moment"],
+    ids="format method split cursor progress phases config missing unknown shape dtype moment".split(),
 )
 def test_what_does_not_fit_is_refused(run, small, fault, words):
     fault(newest_folder(run))

@@ -1,30 +1,31 @@
 """The training loop against a plain one, split over workers, stopped anywhere and gone on with."""
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
 import math
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from torch import Tensor
 
 from distmeta import config as config_module
 from distmeta.data.schema import Dataset, Field, Label
 from distmeta.errors import RunError, UserError
 from distmeta.parallel import checkpoint, trainer
 from distmeta.parallel.progress import Progress, clock, number
+from distmeta.parallel.timing import PHASES
 from distmeta.parallel.update import Exchange, MetaUpdate
 from distmeta.parallel.validation import read_metrics, validate
 from distmeta.storage import Location
 
 DATASET = Dataset("none", Label("rating", 1, 5), (), (Field("a", "categorical", 2),), 0, 20, 0)
-TIMES = {"seconds", "tasks_per_s", "wait_s", *(f"{p}_s" for p in trainer.PHASES)}
+TIMES = {"seconds", "tasks_per_s", "wait_s", *(f"{p}_s" for p in PHASES)}
+WORKERS = {"world", "skew", "exchange_wait_s", "step_ms"}
 
 
 def run_of(where: Path, small: Location, method: str, log: Any = lambda _: None, **flags: Any) -> trainer.Outcome:
@@ -41,8 +42,8 @@ def digests(run: Path) -> dict[str, str]:
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
-    """The run's metrics but for the times."""
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(Location.of(run))]
+    """The run's metrics but for the times and the workers."""
+    return [{k: v for k, v in row.items() if k not in TIMES | WORKERS} for row in read_metrics(Location.of(run))]
 
 
 def fresh_tiny() -> tiny.Tiny:
@@ -131,39 +132,16 @@ def test_no_task_anywhere_changes_nothing():
 # ---- whole runs
 
 
-class Together(Exchange):
-    """Workers that are threads of this process; the sum is taken in the order of ranks."""
-
-    def __init__(self, rank: int, world: int, shared: dict[int, Tensor], barrier: threading.Barrier) -> None:
-        self.rank, self.world, self.shared, self.barrier = rank, world, shared, barrier
-
-    def sum(self, flat: Tensor) -> Tensor:
-        self.shared[self.rank] = flat.clone()
-        self.barrier.wait(60)
-        total = torch.stack([self.shared[r] for r in range(self.world)]).sum(0)
-        self.barrier.wait(60)
-        return flat.copy_(total)
-
-
 @pytest.mark.parametrize("method", ["melu", "bias", "als"])
 def test_two_workers_train_what_one_trains(tmp_path, small, method):
     run_of(tmp_path / "one", small, method, epochs=2)
     config, dataset, table = tiny.setting(small, method, epochs=2)
-    shared: dict[int, Tensor] = {}
-    barrier = threading.Barrier(2)
     run = Location.of(tmp_path / "two").make_dir()
     said: dict[int, list[str]] = {0: [], 1: []}
-    threads = [
-        threading.Thread(
-            target=trainer.train,
-            args=(config, run, dataset, small, table, Together(rank, 2, shared, barrier), said[rank].append),
-        )
-        for rank in range(2)
-    ]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join(60)
+    done = tiny.together(
+        2, lambda exchange: trainer.train(config, run, dataset, small, table, exchange, said[exchange.rank].append)
+    )
+    assert dataclasses.replace(done[0].result(), seconds=0) == dataclasses.replace(done[1].result(), seconds=0)
     one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
     assert len(one) == len(two) > 0
     for a, b in zip(one, two, strict=True):
@@ -302,9 +280,18 @@ def test_metrics_line_says_what_the_format_promises(tmp_path, small):
     run_of(tmp_path, small, "melu", epochs=2)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["epoch"] for r in rows] == [1, 2]
-    wanted = {"epoch", "step", "train_loss", "valid_mae", "valid_mse", "lr", *TIMES}
-    assert set(rows[0]) == wanted
-    assert all(isinstance(v, int | float) and math.isfinite(v) for r in rows for v in r.values())
+    wanted = {"epoch", "step", "train_loss", "valid_mae", "valid_mse", "lr", *TIMES, *WORKERS}
+    for row in rows:
+        assert set(row) == wanted
+        assert row["world"] == 1
+        assert row["exchange_wait_s"] == 0.0
+        assert set(row["step_ms"]) == {"input", "adapt", "backward", "exchange", "optimizer", "checkpoint"}
+        assert all(0 <= a <= b <= c for a, b, c in row["step_ms"].values())
+        numbers = [*(row[k] for k in wanted - {"step_ms", "skew"}), *row["skew"]]
+        numbers += [ms for three in row["step_ms"].values() for ms in three]
+        assert all(isinstance(v, int | float) and math.isfinite(v) for v in numbers)
+        busy = sum(row[f"{p}_s"] for p in ("input", "adapt", "backward", "optimizer"))
+        assert row["skew"] == pytest.approx([busy], rel=0.02, abs=1e-3)  # but for finding that there is no more batch
 
 
 # ---- the screen

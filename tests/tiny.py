@@ -1,7 +1,10 @@
 """For tests of the trainer: a method so simple that one can see what it must do."""
 
 import sys
+import threading
 import types
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +18,7 @@ from distmeta.data.schema import Dataset
 from distmeta.data.tasktable import TaskTable
 from distmeta.methods import METHODS, Entry
 from distmeta.methods.base import Method
+from distmeta.parallel.update import Exchange
 from distmeta.storage import Location
 from distmeta.tasks import Bag, Rows, TaskBatch, TaskBlock
 
@@ -61,14 +65,81 @@ class Tiny(Method):
         return torch.cat(losses)
 
 
-def register(monkeypatch: Any) -> type[Tiny]:
+class Grouped(Tiny):
+    """Tiny with its own weights and offset for each of 3 groups of tasks; group 2 has a few tasks only."""
+
+    groups = 3
+
+    def __init__(self, options: Any, dataset: Dataset, items: dict[str, Bag]) -> None:
+        super().__init__(options, dataset, items)
+        self.own = nn.Parameter(torch.randn(3, 7))
+        self.shift = nn.Parameter(torch.randn(3))
+
+    def grouped(self) -> frozenset[str]:
+        return frozenset({"own", "shift"})
+
+    @staticmethod
+    def group(task: Tensor) -> Tensor:
+        return torch.where(task % 40 == 7, 2, task % 2)
+
+    def predict(self, state: list[Tensor], batch: TaskBatch) -> list[Tensor]:
+        scores = super().predict(state, batch)
+        for score, block in zip(scores, batch, strict=True):
+            group = self.group(block.task)
+            score += self.own[group[:, None], batch.items[block.query.item] % 7] + self.shift[group][:, None]
+        return scores
+
+    def grouped_loss(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
+        return self.loss(batch), torch.cat([self.group(block.task) for block in batch])
+
+
+def register(monkeypatch: Any, base: type[Tiny] = Tiny) -> type[Tiny]:
     """Make `tiny` a METHOD for the length of a test; a fresh class, so that `poison` does not outlive it."""
-    fresh = type("Tiny", (Tiny,), {})
+    fresh = type("Tiny", (base,), {})
     module = types.ModuleType("distmeta.methods.tiny")
     module.Tiny = fresh  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "distmeta.methods.tiny", module)
     monkeypatch.setitem(METHODS, "tiny", Entry("tiny", "Tiny", TinyOptions))
     return fresh
+
+
+class Together(Exchange):
+    """Workers that are threads of this process; the sum is taken in the order of ranks."""
+
+    def __init__(self, rank: int, world: int, shared: dict[int, Any], barrier: threading.Barrier) -> None:
+        self.rank, self.world, self.shared, self.barrier = rank, world, shared, barrier
+
+    def sum(self, flat: Tensor) -> Tensor:
+        return flat.copy_(torch.stack(self._all(flat.clone())).sum(0))
+
+    def gather(self, data: bytes) -> list[bytes]:
+        return self._all(data)
+
+    def _all(self, mine: Any) -> list[Any]:
+        self.shared[self.rank] = mine
+        self.barrier.wait(60)
+        found = [self.shared[r] for r in range(self.world)]
+        self.barrier.wait(60)
+        return found
+
+
+def together(world: int, work: Callable[[Exchange], Any]) -> list[Future[Any]]:
+    """work(exchange) done by `world` workers at once; one that fails lets no other wait."""
+    shared: dict[int, Any] = {}
+    barrier = threading.Barrier(world)
+
+    def one(rank: int) -> Any:
+        try:
+            return work(Together(rank, world, shared, barrier))
+        except BaseException:
+            barrier.abort()
+            raise
+
+    deterministic = torch.are_deterministic_algorithms_enabled()  # of the process: the workers set it crosswise
+    with ThreadPoolExecutor(world) as pool:
+        done = [pool.submit(one, rank) for rank in range(world)]
+    torch.use_deterministic_algorithms(deterministic)
+    return done
 
 
 def setting(place: Location, method: str, **flags: Any) -> tuple[Config, Dataset, TaskTable]:

@@ -81,4 +81,4 @@ def _measure(config: Config) -> dict[str, Any]:
 
 
 def _input_share(line: dict[str, Any]) -> float:
-    return line["input_s"] / sum(line[f"{p}_s"] for p in ("input", "compute", "exchange", "optimizer"))
+    return line["input_s"] / sum(line[f"{p}_s"] for p in ("input", "adapt", "backward", "exchange", "optimizer"))

@@ -21,6 +21,7 @@ or a dataset into tasks.
 sources:
   movielens-1m     ratings.dat users.dat movies.dat [movies_extrainfos.dat], as grouplens.org gives them
   movielens-100k   u.data u.user u.item, as grouplens.org gives them
+  bookcrossing     BX-Users.csv BX-Books.csv BX-Book-Ratings.csv, as the official dump has them
   table            your own Parquet or CSV files, described by a short YAML file
   synthetic        a made world of clusters whose best possible error is known
 and:
@@ -98,6 +99,29 @@ def _movielens_100k(argv: Sequence[str]) -> int:
     from distmeta.data.sources.movielens import movielens_100k
 
     return _make(args.out, lambda out: movielens_100k(Location.of(args.raw), out))
+
+
+def _bookcrossing(argv: Sequence[str]) -> int:
+    parser = _parser(
+        "bookcrossing",
+        "Read Book-Crossing (Ziegler et al., WWW 2005), the dump BX-CSV-Dump.zip.\n"
+        "Files: BX-Users.csv, BX-Books.csv, BX-Book-Ratings.csv.\n"
+        "User fields: age (5 to 110, others unknown), country, region, city; item fields: author, year, publisher.\n"
+        "Methods use age, country and the items' fields, as the papers do. There are no times: a user's ratings are\n"
+        "taken as in order of time in the file. Where there are not as many ratings as in the official file, the\n"
+        "dataset's name says that it is a subset.",
+        "example: python -m jobs.prepare bookcrossing --raw BX --out data/bookcrossing",
+    )
+    parser.add_argument("--raw", required=True, metavar="DIR", help="folder that holds the files")
+    parser.add_argument(
+        "--zeros", action="store_true",
+        help="keep ratings of 0 (seen, not rated) as labels, so that they are 0 to 10 [dropped: labels 1 to 10]",
+    )  # fmt: skip
+    _add_out(parser)
+    args = parser.parse(argv)
+    from distmeta.data.sources.bookcrossing import bookcrossing
+
+    return _make(args.out, lambda out: bookcrossing(Location.of(args.raw), out, zeros=args.zeros))
 
 
 def _table(argv: Sequence[str]) -> int:
@@ -207,6 +231,7 @@ def _make(out: str, source: Callable[[Location], Dataset]) -> int:
 _SOURCES: dict[str, Callable[[Sequence[str]], int]] = {
     "movielens-1m": _movielens_1m,
     "movielens-100k": _movielens_100k,
+    "bookcrossing": _bookcrossing,
     "table": _table,
     "synthetic": _synthetic,
     "tasks": _tasks,

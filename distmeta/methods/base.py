@@ -7,6 +7,10 @@ the items' fields, and then learns in one of two ways:
 - in closed form: `statistics(batch, sweep)` gives additive sums, `solve(statistics, sweep)` takes their total
   over all tasks and workers. `sweeps` says how many passes over the training tasks it wants.
 
+A method that learns by gradient may keep several sets of some parameters, of which each task uses one: `groups`
+says how many, `grouped()` which parameters, `grouped_loss(batch)` whose set each task used. A set is then
+averaged over its own tasks, and one that no task used stays as it is.
+
 Either way `adapt(batch)` looks at support rows only and `predict(state, batch)` scores the query rows.
 """
 
@@ -33,6 +37,8 @@ class Method(nn.Module, ABC):
     name: ClassVar[str]
     sweeps: int = 0
     """0: learned by gradient. Otherwise the number of statistics/solve passes."""
+    groups: int = 1
+    """Number of gradient groups (clusters of tasks)."""
 
     def __init__(self, options: Any, dataset: Dataset, items: dict[str, Bag]) -> None:
         super().__init__()
@@ -50,6 +56,18 @@ class Method(nn.Module, ABC):
     def loss(self, batch: TaskBatch) -> Tensor:
         """Query loss [B] of each task after adaptation, in block order, with graph to the parameters."""
         raise TypeError(f"{self.name} is solved in closed form; it has no loss")
+
+    def grouped(self) -> frozenset[str]:
+        """Names of the parameters of shape [groups, ...] whose slice k belongs to the tasks of group k alone."""
+        return frozenset()
+
+    def grouped_loss(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
+        """`loss` [B] with graph, and the group of each task: int64 [B] in 0..groups−1.
+
+        The loss of a task of group k reaches slice k of the `grouped` parameters and no other.
+        """
+        losses = self.loss(batch)
+        return losses, torch.zeros(len(losses), dtype=torch.int64, device=losses.device)
 
     def statistics(self, batch: TaskBatch, sweep: int) -> dict[str, Tensor]:
         """Additive sums over the batch's tasks, support and query rows alike, that `solve` needs.

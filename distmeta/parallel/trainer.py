@@ -9,9 +9,9 @@ for bit.
 
 import contextlib
 import dataclasses
+import json
 import math
-import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -27,13 +27,13 @@ from distmeta.errors import RunError, UserError
 from distmeta.methods.base import Method, fit_closed_form
 from distmeta.parallel import checkpoint as checkpoints
 from distmeta.parallel.progress import Progress, clock, number
+from distmeta.parallel.timing import PHASES, Times, together
 from distmeta.parallel.update import Exchange, MetaUpdate, NotFinite, build_method, device_of, numerics
 from distmeta.parallel.validation import read_metrics, validate, write_metrics
 from distmeta.storage import Location
 from distmeta.tasks import TaskBatch
 
 _DIVERGED = "start a new run with a smaller --lr or inner step (--local-lr), or look at those tasks' data"
-PHASES = ("input", "compute", "exchange", "optimizer", "checkpoint", "validation")
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,21 @@ def train(
     table: TaskTable,
     exchange: Exchange | None = None,
     log: Callable[[str], None] = print,
+    *,
+    fence: Callable[[], None] | None = None,
 ) -> Outcome:
     """Train into RUN/checkpoints and RUN/metrics.jsonl, from the newest complete checkpoint if there is one.
 
+    Every worker of `exchange` calls this with the same arguments but `exchange` and `log`; the first one, rank 0,
+    writes and speaks. All raise RunError at the same step for what is not finite anywhere, and all stop early
+    after the same epoch.
+
+    Args:
+        fence: called by rank 0 before each checkpoint and before metrics are written; raises where these workers
+            were replaced by others that write to the same run.
+
     Raises:
-        RunError: the loss or its gradient is not finite; the disk is full.
+        RunError: the loss or its gradient is not finite; the disk is full; what `fence` raises.
         UserError: a checkpoint is damaged or belongs to other settings; the split has no training tasks.
     """
     exchange = exchange or Exchange()
@@ -78,7 +88,9 @@ def train(
         valid = Loader(table, dataset, "valid", o.batch_size, redraw=False, **shared)
         if not tasks.n_tasks:
             raise UserError(f"{table.location}: no training tasks; choose another --protocol or a larger dataset")
-        training = _Training(config, run, method, tasks, valid, table.split_hash, exchange, log, dataset.label, device)
+        training = _Training(
+            config, run, method, tasks, valid, table.split_hash, exchange, log, dataset.label, device, fence
+        )
         return training.solve() if method.sweeps else training.learn()
 
 
@@ -113,17 +125,21 @@ class _Training:
         log: Callable[[str], None],
         label: Label,
         device: torch.device,
+        fence: Callable[[], None] | None,
     ) -> None:
         self.config, self.options, self.run = config, config.train, run
         self.method, self.tasks, self.valid, self.label = method, tasks, valid, label
         self.exchange, self.split_hash, self.device = exchange, split_hash, device
-        self.driver = exchange.rank == 0
+        self.driver, self.fence = exchange.rank == 0, fence or (lambda: None)
         self.screen = Progress(log if self.driver else lambda _: None)
         self.step = self.epoch = self.batch = 0
-        self.progress = _Progress()
+        self._begin(_Progress())
         self.history: list[dict[str, Any]] = []
         self.update = None if method.sweeps else MetaUpdate(method, self.options, exchange, tasks.steps)
         self._restore()
+
+    def _begin(self, progress: _Progress) -> None:
+        self.progress, self.times = progress, Times(progress.phases)
 
     # ---- the loop
 
@@ -140,8 +156,9 @@ class _Training:
     def solve(self) -> Outcome:
         """All sweeps of a closed-form method, one validation, one checkpoint; nothing where that exists."""
         if not self.step:
-            with self._timed("compute"):
-                fit_closed_form(self.method, lambda sweep: self.tasks.evaluation(), self._reduce)
+            with self.times.phase("adapt"):
+                fit_closed_form(self.method, lambda sweep: self._reading(self.tasks.evaluation()), self._reduce)
+            self.times.step()
             self.progress.tasks = float(self.tasks.n_tasks * self.method.sweeps)
             self.step = self.method.sweeps
             self._end_epoch()
@@ -162,7 +179,7 @@ class _Training:
         epoch = cast("Generator[TaskBatch]", self.tasks.epoch(self.epoch, start=self.batch))
         with contextlib.closing(epoch) as batches:
             while True:
-                with self._timed("input"):
+                with self.times.phase("input"):
                     batch = next(batches, None)
                     batch = batch.to(self.device) if batch is not None else None
                 state.wait = self.tasks.wait_seconds - waited
@@ -173,6 +190,7 @@ class _Training:
                 self.step += 1
                 if every and self.step % every == 0 and self.batch < self.tasks.steps:
                     self._save()
+                self.times.step()
                 self.screen.within(self._within)
         if self.batch != self.tasks.steps:
             raise RunError(
@@ -181,11 +199,10 @@ class _Training:
             )
 
     def _meta_update(self, update: MetaUpdate, batch: TaskBatch) -> None:
-        with self._timed("compute"):
-            update.local(batch)
-        with self._timed("exchange"):
+        update.local(batch, self.times.phase)
+        with self.times.phase("exchange"):
             self.exchange.sum(update.flat)
-        with self._timed("optimizer"):
+        with self.times.phase("optimizer"):
             try:
                 loss, count = update.apply(batch, self.step)
             except NotFinite as e:
@@ -194,11 +211,12 @@ class _Training:
         self.progress.tasks += count
 
     def _diverged(self, e: NotFinite) -> RunError:
-        if e.tasks:
-            more = f" and {len(e.tasks) - 10} more" if len(e.tasks) > 10 else ""
-            blame = f"of task{'s' * (len(e.tasks) > 1)} {', '.join(map(str, e.tasks[:10]))}{more}"
-        else:
-            blame = "of the batch's tasks together" if self.exchange.world == 1 else "of another worker's tasks"
+        """The sentence about it, the same on all workers, which are all here."""
+        tasks = sorted(t for found in self.exchange.gather(json.dumps(e.tasks).encode()) for t in json.loads(found))
+        blame = "of the batch's tasks together"
+        if tasks:
+            more = f" and {len(tasks) - 10} more" if len(tasks) > 10 else ""
+            blame = f"of task{'s' * (len(tasks) > 1)} {', '.join(map(str, tasks[:10]))}{more}"
         newest = checkpoints.newest(self.run)
         kept = f"the checkpoint of step {newest.step} is kept" if newest else "there is no checkpoint yet"
         place = f"epoch {self.epoch + 1}, step {self.step}"
@@ -207,7 +225,7 @@ class _Training:
     def _end_epoch(self) -> None:
         """Validate, write the epoch's line, tell, checkpoint."""
         state = self.progress
-        with self._timed("validation"):
+        with self.times.phase("validation"):
             mae, mse = validate(self.method, self.valid.evaluation(), self.label, self.exchange, self.device)
         if self.valid.n_tasks and not math.isfinite(mae):
             raise RunError(f"epoch {self.epoch + 1}: predictions for the validation tasks are not finite; {_DIVERGED}")
@@ -219,15 +237,26 @@ class _Training:
             state.stale += 1
         self._write_line(mae, mse)
         self.screen.line(self._summary())
-        self.progress = _Progress(state.best, state.best_step, state.stale, state.seconds + sum(state.phases.values()))
+        self._begin(_Progress(state.best, state.best_step, state.stale, state.seconds + sum(state.phases.values())))
         self.epoch, self.batch = self.epoch + 1, 0
         self._save()
 
+    def _reading(self, batches: Iterable[TaskBatch]) -> Iterator[TaskBatch]:
+        """The same batches; waiting for them counts as input."""
+        left = iter(batches)
+        while True:
+            with self.times.phase("input"):
+                batch = next(left, None)
+            if batch is None:
+                return
+            yield batch
+
     def _reduce(self, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
         """Statistics summed over all workers."""
-        for key in sorted(statistics):
-            value = statistics[key].contiguous()
-            statistics[key] = self.exchange.sum(value.view(-1)).view_as(value)
+        with self.times.phase("exchange"):
+            for key in sorted(statistics):
+                value = statistics[key].contiguous()
+                statistics[key] = self.exchange.sum(value.view(-1)).view_as(value)
         return statistics
 
     # ---- what is kept
@@ -235,7 +264,8 @@ class _Training:
     def _save(self) -> None:
         if not self.driver:
             return
-        with self._timed("checkpoint"):
+        with self.times.phase("checkpoint"):
+            self.fence()
             parts = {"params": self.method.state_dict()}
             if self.update:
                 parts["optimizer"] = self.update.moments()
@@ -256,34 +286,42 @@ class _Training:
             checkpoints.retain(self.run, keep)
 
     def _restore(self) -> None:
-        """Take everything up from the newest complete checkpoint, if there is one."""
-        found = checkpoints.newest(self.run)
-        if found is None:
+        """Take everything up from the newest complete checkpoint, if there is one: rank 0 says which."""
+        newest = checkpoints.complete(self.run)[-1:] if self.driver else []
+        steps = json.loads(self.exchange.gather(json.dumps(newest).encode())[0])
+        if not steps:
             return
+        found = checkpoints.read(self.run, steps[0])
         checkpoints.check_origin(self.run, found, self.config, self.split_hash)
         checkpoints.restore_params(self.run, found, self.method, self.config.method)
         if self.update:
             moments = checkpoints.load(self.run, found, "optimizer")
             checkpoints.check(found, moments, self.update.moments())
             self.update.set_moments(moments)
-        odd = sorted(({"epoch", "batch"} - found.cursor.keys()) | (found.progress.keys() - vars(_Progress()).keys()))
+        odd = sorted(
+            ({"epoch", "batch"} - found.cursor.keys())
+            | (found.progress.keys() - vars(_Progress()).keys())
+            | (found.progress.get("phases", self.progress.phases).keys() ^ set(PHASES))
+        )
         if odd:
             raise UserError(
                 f"{found.location}: its cursor or progress is of another distmeta ({odd[0]}); go on with the one that"
                 " wrote it, or start a new run"
             )
         self.step, self.epoch, self.batch = found.step, found.cursor["epoch"], found.cursor["batch"]
-        self.progress = _Progress(**found.progress)
+        self._begin(_Progress(**found.progress))
         self.history = read_metrics(self.run)[: self.epoch]
         self.screen.line(f"going on from step {self.step} (epoch {self.epoch + 1}, batch {self.batch})")
 
     def _write_line(self, mae: float, mse: float) -> None:
         """Add this epoch's line to RUN/metrics.jsonl; the file is written whole, as object stores need.
 
-        `checkpoint_s` covers those written since the epoch began, the one at its end not included.
+        `checkpoint_s` covers those written since the epoch began, the one at its end not included (it stands in the
+        next one's, and in its first step's). Seconds are rank 0's, and of all launches that the epoch took;
+        `step_ms`, `exchange_wait_s` and `skew` are all workers', and of this launch (see `timing.together`).
         """
-        state = self.progress
-        learning = sum(v for k, v in state.phases.items() if k != "validation")
+        state, learning = self.progress, self.times.learning()
+        workers = together(self.exchange.gather(self.times.packed()))
         line = {
             "epoch": self.epoch + 1,
             "step": self.step,
@@ -295,20 +333,14 @@ class _Training:
             "lr": self.update.rate(self.step - 1) if self.update else None,
             "wait_s": state.wait,
             **{f"{k}_s": v for k, v in state.phases.items()},
+            **workers,
         }
         self.history.append(line)
         if self.driver:
+            self.fence()
             write_metrics(self.run, self.history)
 
     # ---- what is shown
-
-    @contextlib.contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.progress.phases[phase] += time.perf_counter() - start
 
     def _within(self) -> str:
         state, o = self.progress, self.options
@@ -337,7 +369,7 @@ class _Training:
     def _speed(self) -> str:
         """`5,120 tasks/s  input 1.2 %`: the share of the time that training waited for its tasks."""
         state = self.progress
-        learning = max(sum(v for k, v in state.phases.items() if k != "validation"), 1e-9)
+        learning = max(self.times.learning(), 1e-9)
         waiting = f"  input {100 * state.wait / learning:.1f} %" if self.update else ""
         return f"{state.tasks / learning:,.0f} tasks/s{waiting}"
 

@@ -4,7 +4,8 @@ import contextlib
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +30,10 @@ class Exchange:
     def sum(self, flat: Tensor) -> Tensor:
         """Replace the 1-d tensor `flat` by its sum over all workers, in place, and return it."""
         return flat
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """What every worker gave, in rank order, on every worker; lengths may differ. All must call it."""
+        return [data]
 
 
 class NotFinite(ArithmeticError):
@@ -75,6 +80,11 @@ def numerics(threads: int, device: torch.device) -> Iterator[None]:
         deterministic.fill_uninitialized_memory = fill
 
 
+@contextlib.contextmanager
+def _untimed(phase: str) -> Iterator[None]:
+    yield
+
+
 _GENERATOR = threading.Lock()
 """torch's generator is the process's: workers that are threads would draw their initial parameters from each other."""
 
@@ -88,11 +98,16 @@ def build_method(config: Config, dataset: Dataset, items: dict[str, Bag], device
 
 
 class MetaUpdate:
-    """AdamW on the mean over the tasks of all workers of `method.loss`.
+    """AdamW on the mean over the tasks of all workers of the method's loss, each gradient group by its own tasks.
 
-    All gradients live in one buffer [parameters + 2] of which every `.grad` is a view: backward fills it, one
-    exchange sums it. Its last two numbers are the sum of the losses and the number of tasks, so that a worker
-    without tasks adds zeros and the mean is over the tasks of all. No DDP: it cannot do double backward.
+    All gradients live in one buffer, of which every `.grad` is a view: backward fills it, one exchange sums it.
+    It holds [gradients | sum of the losses | number of tasks | number of tasks of each group], so that a worker
+    without tasks adds zeros and means are over the tasks of all. No DDP: it cannot do double backward.
+
+    Slice k of a parameter that the method names in `grouped` is averaged over the tasks of group k, all others
+    over all tasks. A slice whose group had no task on any worker keeps its value, its moments and its count of
+    steps, and does not decay. `clip` bounds the norm of each mean by itself: of all parameters that are not
+    grouped together, and of each group's slices together.
     """
 
     def __init__(self, method: Method, options: TrainOptions, exchange: Exchange, steps: int) -> None:
@@ -100,12 +115,36 @@ class MetaUpdate:
         self.method, self.options, self.exchange = method, options, exchange
         self.horizon = options.epochs * steps
         self.params = {n: p for n, p in method.named_parameters() if p.requires_grad}
-        values = list(self.params.values())
-        self.optimizer = torch.optim.AdamW(values, lr=options.lr, weight_decay=options.weight_decay, fused=True)
-        sizes = [p.numel() for p in values]
-        self.flat = torch.zeros(sum(sizes) + 2, dtype=values[0].dtype, device=values[0].device)
-        for p, part in zip(values, self.flat[:-2].split(sizes), strict=True):
+        self.counts = [0] * method.groups
+        """Tasks of each group in the last update, over all workers."""
+        grouped = _grouped(method)
+        shared = {n: p for n, p in self.params.items() if n not in grouped}
+        stacked = {n: p for n, p in self.params.items() if n in grouped}
+        sizes = [p.numel() for p in shared.values()]
+        widths = [p[0].numel() for p in stacked.values()]
+        tail = 2 + method.groups
+        like = next(iter(self.params.values()))
+        self.flat = like.new_zeros(sum(sizes) + method.groups * sum(widths) + tail, requires_grad=False)
+        self.tail = self.flat[-tail:]
+        self.shared = self.flat[: sum(sizes)]
+        self.slices = self.flat[sum(sizes) : -tail].view(method.groups, sum(widths))
+        """[groups, width]: row k holds the gradients of all slices k."""
+        for p, part in zip(shared.values(), self.shared.split(sizes), strict=True):
             p.grad = part.view_as(p)
+        for p, part in zip(stacked.values(), self.slices.split(widths, 1), strict=True):
+            p.grad = part.view_as(p)
+        self.leaves: dict[str, Tensor] = dict(shared)
+        """What AdamW sees, by name: parameters, and NAME.k for slice k of a grouped one (sharing its storage)."""
+        self.groups: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(method.groups)]
+        """Of each group its slices and their gradients."""
+        for name, p in stacked.items():
+            for k, group in enumerate(self.groups):
+                self.leaves[f"{name}.{k}"] = leaf = p.detach()[k]
+                assert p.grad is not None
+                group.append((leaf, p.grad[k]))
+        self.optimizer = torch.optim.AdamW(
+            list(self.leaves.values()), lr=options.lr, weight_decay=options.weight_decay, fused=True
+        )
 
     def rate(self, step: int) -> float:
         """Step size of meta-update `step`: along a cosine from lr to lr · lr_decay over epochs · steps."""
@@ -115,38 +154,66 @@ class MetaUpdate:
         cosine = 0.5 * (1 + math.cos(math.pi * step / self.horizon))
         return o.lr * (o.lr_decay + (1 - o.lr_decay) * cosine)
 
-    def local(self, batch: TaskBatch) -> None:
-        """Fill the buffer with this worker's sums over the tasks of `batch` (zeros where it has none)."""
-        flat = self.flat
-        flat.zero_()
-        if len(batch):
-            losses = self.method.loss(batch)
+    def local(self, batch: TaskBatch, timed: Callable[[str], AbstractContextManager[None]] = _untimed) -> None:
+        """Fill the buffer with this worker's sums over the tasks of `batch` (zeros where it has none).
+
+        Args:
+            timed: given `adapt` (the losses), then `backward`; measures the block.
+        """
+        with timed("adapt"):
+            self.flat.zero_()
+            if not len(batch):
+                return
+            losses, group = self.method.grouped_loss(batch)
+            self._settle()
+        with timed("backward"):
             losses.sum().backward()
-            flat[-2] = losses.detach().sum()
-            flat[-1] = len(losses)
-        if flat.is_cuda:
-            torch.cuda.synchronize()  # so that the phases' seconds are true; the exchange would wait anyway
+            self.tail[0] = losses.detach().sum()
+            self.tail[1] = len(losses)
+            self.tail[2:] = (group[:, None] == torch.arange(len(self.counts), device=group.device)).sum(0)
+            self._settle()
+
+    def _settle(self) -> None:
+        """Wait for the GPU, so that the phases' seconds are true; the exchange would wait anyway."""
+        if self.flat.is_cuda:
+            torch.cuda.synchronize()
 
     def apply(self, batch: TaskBatch, step: int) -> tuple[float, float]:
         """Update from the exchanged buffer; the sum of the losses and the number of tasks, over all workers.
 
         Raises:
             NotFinite: on every worker; each names its own offending tasks of `batch`.
+            ValueError: the method put a task into a group that it does not have.
         """
-        grads = self.flat[:-2]
-        norm = torch.linalg.vector_norm(grads)
-        loss, count, norm = torch.stack([*self.flat[-2:], norm]).tolist()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        norms = torch.linalg.vector_norm(self.slices, dim=1)
+        norm = torch.linalg.vector_norm(self.shared)
+        n = len(self.counts)
+        loss, count, *rest = torch.cat([self.tail, norms, norm[None]]).tolist()
+        if not (math.isfinite(loss) and all(map(math.isfinite, rest))):
             raise NotFinite("gradient" if math.isfinite(loss) else "loss", self._culprits(batch))
+        counts, norms, norm = rest[:n], rest[n:-1], rest[-1]
+        if sum(counts) != count:
+            raise ValueError(f"{self.method.name}: grouped_loss gave a group outside of 0..{n - 1}")
+        self.counts = [int(c) for c in counts]
         if count:
-            scale = 1 / count
-            if self.options.clip and norm * scale > self.options.clip:
-                scale = self.options.clip / norm
-            grads.mul_(scale)
+            self.shared.mul_(self._scale(count, norm))
+            if self.slices.numel():
+                scales = [self._scale(c, one) for c, one in zip(counts, norms, strict=True)]
+                self.slices.mul_(self.slices.new_tensor(scales)[:, None])
+            for touched, group in zip(self.counts, self.groups, strict=True):
+                for leaf, grad in group:
+                    leaf.grad = grad if touched else None  # AdamW passes over one without
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate(step)
             self.optimizer.step()
         return loss, count
+
+    def _scale(self, count: float, norm: float) -> float:
+        """What makes a sum over `count` tasks, of norm `norm`, their mean, clipped; 0 where there are none."""
+        if not count:
+            return 0.0
+        clip = self.options.clip
+        return clip / norm if clip and norm * (1 / count) > clip else 1 / count
 
     def _culprits(self, batch: TaskBatch) -> list[int]:
         """Ids of the tasks whose loss is not finite, or else of those whose gradient is not, each task by itself.
@@ -157,18 +224,21 @@ class MetaUpdate:
         if not len(batch):
             return []
         ids = torch.cat([block.task for block in batch])
-        bad = ~self.method.loss(batch).detach().isfinite()
+        bad = ~self.method.grouped_loss(batch)[0].detach().isfinite()
         if not bad.any():
             params = list(self.params.values())
             for i, alone in enumerate(_each(batch)):
-                grads = torch.autograd.grad(self.method.loss(alone).sum(), params, allow_unused=True)
+                grads = torch.autograd.grad(self.method.grouped_loss(alone)[0].sum(), params, allow_unused=True)
                 bad[i] = any(not g.isfinite().all() for g in grads if g is not None)
         return ids[bad].tolist()
 
     def moments(self) -> dict[str, Tensor]:
-        """AdamW's state by parameter name: NAME.step, NAME.exp_avg, NAME.exp_avg_sq; zeros at first."""
+        """AdamW's state by parameter name: NAME.step, NAME.exp_avg, NAME.exp_avg_sq; zeros at first.
+
+        Of a grouped parameter NAME.k.step, … for each of its slices k.
+        """
         slots = {}
-        for name, p in self.params.items():
+        for name, p in self.leaves.items():
             state = self.optimizer.state[p]
             slots[f"{name}.step"] = state.get("step", torch.zeros((), device=p.device))
             for key in ("exp_avg", "exp_avg_sq"):
@@ -177,10 +247,19 @@ class MetaUpdate:
 
     def set_moments(self, moments: dict[str, Tensor]) -> None:
         """Take up the state that `moments` gave: the same names, shapes and types."""
-        for name, p in self.params.items():
+        for name, p in self.leaves.items():
             self.optimizer.state[p] = {
                 key: moments[f"{name}.{key}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")
             }
+
+
+def _grouped(method: Method) -> frozenset[str]:
+    """`method.grouped()`; ValueError for a name or a shape that cannot be."""
+    params, names = dict(method.named_parameters()), method.grouped()
+    for name in sorted(names):
+        if name not in params or params[name].shape[:1] != (method.groups,):
+            raise ValueError(f"{method.name}: grouped parameter {name} is none of shape [{method.groups}, ...]")
+    return names
 
 
 def _each(batch: TaskBatch) -> Iterator[TaskBatch]:

@@ -8,17 +8,14 @@ from distmeta.errors import UserError
 from distmeta.storage import Location
 
 
-def read_columns(
-    file: Location, separator: str, names: Sequence[str], *, get: str, encoding: str = "latin-1"
-) -> pl.DataFrame:
-    """The file's columns as strings, row i being line i + 1.
+def read_lines(file: Location, *, get: str, encoding: str = "latin-1") -> pl.Series:
+    """The file's lines as strings without their ends, row i being line i + 1.
 
     Args:
-        separator: one or more characters, never inside a value.
         get: where the file comes from, for the sentence that says it is missing or damaged.
 
     Raises:
-        UserError: missing, empty, not in `encoding`, cut short, or a line with another number of columns.
+        UserError: missing, empty, not in `encoding`, or cut short.
     """
     try:
         raw = file.read_bytes()
@@ -39,50 +36,78 @@ def read_columns(
             f"{file}, line {len(lines) + 1}: the last line has no end, so the file was cut short; {get}, "
             "or end the line if it is whole"
         )
-    series = pl.Series("line", lines, dtype=pl.String).str.strip_suffix("\r")
-    columns = series.str.count_matches(separator, literal=True) + 1
+    return pl.Series("line", lines, dtype=pl.String).str.strip_suffix("\r")
+
+
+def read_columns(
+    file: Location, separator: str, names: Sequence[str], *, get: str, encoding: str = "latin-1"
+) -> pl.DataFrame:
+    """The file's columns as strings, row i being line i + 1.
+
+    Args:
+        separator: one or more characters, never inside a value.
+        get: as `read_lines` takes it.
+
+    Raises:
+        UserError: as `read_lines`, or a line with another number of columns.
+    """
+    lines = read_lines(file, get=get, encoding=encoding)
+    columns = lines.str.count_matches(separator, literal=True) + 1
     refuse(columns != len(names), file, lambda i: f"{columns[i]} columns separated by {separator!r} where "
            f"{len(names)} are needed ({' '.join(names)}); {get}")  # fmt: skip
-    parts = series.str.split_exact(separator, len(names) - 1).struct.unnest()
+    parts = lines.str.split_exact(separator, len(names) - 1).struct.unnest()
     return parts.rename(dict(zip(parts.columns, names, strict=True)))
 
 
-def refuse(bad: pl.Series, file: Location, what: Callable[[int], str], *, unit: str = "line") -> None:
-    """UserError for the first true row of `bad`: file, line (or row) from 1, and what(row index) is wrong."""
+def refuse(
+    bad: pl.Series, file: Location, what: Callable[[int], str], *, unit: str = "line", at: pl.Series | None = None
+) -> None:
+    """UserError for the first true row of `bad`: file, line (or row) from 1, and what(row index) is wrong.
+
+    Args:
+        at: the line of each row, where it is not the row's place.
+    """
     first = bad.fill_null(True).arg_max() if len(bad) else None
     if first is not None and bad.fill_null(True)[first]:
-        raise UserError(f"{file}, {unit} {first + 1}: {what(first)}")
+        raise UserError(f"{file}, {unit} {first + 1 if at is None else at[first]}: {what(first)}")
 
 
-def integers(table: pl.DataFrame, column: str, file: Location, low: int, high: int) -> pl.Series:
+def integers(
+    table: pl.DataFrame, column: str, file: Location, low: int, high: int, *, at: pl.Series | None = None
+) -> pl.Series:
     """A column of whole numbers within [low, high] as int64; UserError naming file and line otherwise."""
     numbers = table[column].cast(pl.Int64, strict=False)
     refuse(
         numbers.is_null(),
         file,
         lambda i: f"{column} is {table[column][i]!r}, not a whole number; mend the line",
+        at=at,
     )
     refuse(
         ~numbers.is_between(low, high),
         file,
         lambda i: f"{column} is {numbers[i]}, outside {low} to {high}; mend or delete the line",
+        at=at,
     )
     return numbers
 
 
-def once(table: pl.DataFrame, column: str, file: Location) -> None:
+def once(table: pl.DataFrame, column: str, file: Location, *, at: pl.Series | None = None) -> None:
     """UserError where an id stands on two lines."""
     repeated = ~table[column].is_first_distinct()
-    refuse(repeated, file, lambda i: f"{column} {table[column][i]} is there twice; delete one of the lines")
+    refuse(repeated, file, lambda i: f"{column} {table[column][i]} is there twice; delete one of the lines", at=at)
 
 
-def known(ids: pl.Series, table: pl.Series, file: Location, of: Location, *, unit: str = "line") -> None:
+def known(
+    ids: pl.Series, table: pl.Series, file: Location, of: Location, *, unit: str = "line", at: pl.Series | None = None
+) -> None:
     """UserError naming the first of `ids` (rows of `file`) that is not in `table` (read from `of`)."""
     refuse(
         ~ids.is_in(table.implode()),
         file,
         lambda i: f"{ids.name} {ids[i]} is not in {of}; add it there or delete the {unit}",
         unit=unit,
+        at=at,
     )
 
 

@@ -20,7 +20,7 @@ from distmeta.storage import Location
 SECTIONS = ("method", "data", "train", "method_options")
 FREE = frozenset(
     {"data.data"}
-    | {f"train.{k}" for k in ("run", "resume", "workers", "max_failures", "exchange_timeout", "epochs", "patience", "checkpoint_steps", "threads", "gpu")}
+    | {f"train.{k}" for k in ("run", "resume", "workers", "epochs", "patience", "checkpoint_steps", "threads", "gpu")}
 )
 """Keys that `--resume` may change; see `fixed`."""
 
@@ -55,18 +55,7 @@ class TrainOptions:
 
     run: str = option("", "Run directory or URI. Default: runs/METHOD-DATASET-TIME.")
     resume: bool = option(False, "Go on with a run that exists, from its newest complete checkpoint.")
-    workers: str = option(
-        "0",
-        "Ray Train workers, on the cluster at RAY_ADDRESS or else on this machine; A:B: as many of A to B as there"
-        " is room for, changing as nodes come and go (quote that in YAML); 0 trains in this process without Ray.",
-        pattern=(r"0|[1-9]\d{0,4}(:[1-9]\d{0,4})?", "a number of workers, or A:B"),
-    )
-    max_failures: int = option(
-        10, "Losses of workers or nodes that a run on --workers outlives, from the newest checkpoint each.", least=0
-    )
-    exchange_timeout: int = option(
-        300, "Seconds that workers wait for one that hangs before all are restarted (--workers).", least=1
-    )
+    workers: int = option(0, "Ray Train workers; 0 trains in this process without Ray.", least=0)
     seed: int = option(0, "Seed of the initial parameters, the task order and every draw.", least=0)
     epochs: int = option(30, "Passes over the training tasks, at most.", least=1)
     patience: int = option(

@@ -20,7 +20,21 @@ from distmeta.storage import Location
 SECTIONS = ("method", "data", "train", "method_options")
 FREE = frozenset(
     {"data.data"}
-    | {f"train.{k}" for k in ("run", "resume", "workers", "epochs", "patience", "checkpoint_steps", "threads", "gpu")}
+    | {
+        f"train.{k}"
+        for k in (
+            "run",
+            "resume",
+            "workers",
+            "max_failures",
+            "exchange_timeout",
+            "epochs",
+            "patience",
+            "checkpoint_steps",
+            "threads",
+            "gpu",
+        )
+    }
 )
 """Keys that `--resume` may change; see `fixed`."""
 
@@ -33,7 +47,9 @@ class DataOptions:
         "",
         "Dataset directory or URI, made by `python -m jobs.prepare`. Default: a small synthetic one is made.",
     )
-    protocol: str = option("cmml-user", "How users become tasks: cmml-user or melu.", ("cmml-user", "melu"))
+    protocol: str = option(
+        "cmml-user", "How users become tasks: cmml-user, melu, mamo or paml.", ("cmml-user", "melu", "mamo", "paml")
+    )
     split_seed: int = option(0, "Seed of the protocol's split; independent of --seed.", least=0)
     max_ratings: int = option(
         100,
@@ -47,6 +63,19 @@ class DataOptions:
     cold_users: str = option(
         "", "melu: text file of the cold users' raw ids, one a line. Default: 20 % of the users by hash."
     )
+    mamo_ratings: int = option(20, "mamo: keep a user's first N ratings by time.", least=2)
+    mamo_query: int = option(5, "mamo: the last N of them are the query.", least=1)
+    mamo_support: int = option(15, "mamo: the first N of the others are the support.", least=1)
+    train_share: float = option(0.8, "mamo: share of the users to train on; the others are new.", above=0, most=1)
+    cold_after: str = option("2000-12-03", "mamo: users whose first rating is of this day (UTC) or later are cold.")
+    cold_item_ratings: int = option(
+        0,
+        "mamo: items with fewer than N of all users' kept ratings are cold; 0: 10, or 6 for data without times.",
+        least=0,
+    )
+    major_over: int = option(
+        2, "paml: major users have more than N fields with a value among its 30 % most frequent.", least=0
+    )
 
 
 @dataclass(frozen=True)
@@ -55,7 +84,18 @@ class TrainOptions:
 
     run: str = option("", "Run directory or URI. Default: runs/METHOD-DATASET-TIME.")
     resume: bool = option(False, "Go on with a run that exists, from its newest complete checkpoint.")
-    workers: int = option(0, "Ray Train workers; 0 trains in this process without Ray.", least=0)
+    workers: str = option(
+        "0",
+        "Ray Train workers, on the cluster at RAY_ADDRESS or else on this machine; A:B: as many of A to B as there"
+        " is room for, changing as nodes come and go (quote that in YAML); 0 trains in this process without Ray.",
+        pattern=(r"0|[1-9]\d{0,4}(:[1-9]\d{0,4})?", "a number of workers, or A:B"),
+    )
+    max_failures: int = option(
+        10, "Losses of workers or nodes that a run on --workers outlives, from the newest checkpoint each.", least=0
+    )
+    exchange_timeout: int = option(
+        300, "Seconds that workers wait for one that hangs before all are restarted (--workers).", least=1
+    )
     seed: int = option(0, "Seed of the initial parameters, the task order and every draw.", least=0)
     epochs: int = option(30, "Passes over the training tasks, at most.", least=1)
     patience: int = option(
@@ -81,6 +121,12 @@ class TrainOptions:
     )
     checkpoint_steps: int = option(
         0, "Checkpoint every N meta-updates besides the end of each epoch; 0: only there.", least=0
+    )
+    memory_mb: int = option(
+        2048,
+        "Memory that a worker may hold the tasks of one split in; a larger split is streamed, in an order that"
+        " depends on this.",
+        least=1,
     )
     threads: int = option(0, "CPU threads of each worker; 0: the cores divided by the workers.", least=0)
     gpu: bool = option(False, "Compute on a GPU.")

@@ -29,7 +29,9 @@ def train(config: Config, run: Location, table: TaskTable, log: Callable[[str], 
     """
     least, most = workers(config)
     if most > table.shards:
-        raise UserError(f"--workers {most}: the task table has {table.shards} shards, and a worker needs one of its own")
+        raise UserError(
+            f"--workers {most}: the task table has {table.shards} shards, and a worker needs one of its own"
+        )
     for attempt in range(config.train.max_failures + 1):
         with cluster.connected(least, config.train.threads, config.train.gpu, log):
             try:
@@ -95,9 +97,7 @@ def _ray_config(config: Config, run: Location, callback: Any) -> dict[str, Any]:
     least, most = workers(config)
     storage = run / ".ray"
     return {
-        "torch_config": TorchConfig(
-            backend="cpu:gloo,cuda:nccl" if o.gpu else "gloo", timeout_s=o.exchange_timeout
-        ),
+        "torch_config": TorchConfig(backend="cpu:gloo,cuda:nccl" if o.gpu else "gloo", timeout_s=o.exchange_timeout),
         "scaling_config": ScalingConfig(
             num_workers=least if least == most else (least, most),
             use_gpu=o.gpu,

@@ -200,6 +200,17 @@ def plain(config: Config) -> dict[str, Any]:
     }
 
 
+def of_plain(values: Mapping[str, Any]) -> Config:
+    """The Config whose `plain` this is."""
+    where = f"config of {values['method']}"
+    return Config(
+        values["method"],
+        build(entry(values["method"]).options, values["method_options"], where),
+        build(DataOptions, values["data"], where),
+        build(TrainOptions, values["train"], where),
+    )
+
+
 def to_yaml(config: Config) -> str:
     """The config as RUN/config.yaml holds it; `load` reads it back to an equal Config."""
     return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.train import UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -143,7 +144,7 @@ class Watch:
 
     def _run(self) -> None:
         while not self._over.wait(_LOOK):
-            with contextlib.suppress(ray.exceptions.RayError):
+            with contextlib.suppress(RayError):
                 self._look()
 
     def _look(self) -> None:
@@ -160,6 +161,6 @@ class Watch:
         """Show what is left, end the thread, and give the failure that a worker posted."""
         self._over.set()
         self._thread.join()
-        with contextlib.suppress(ray.exceptions.RayError):
+        with contextlib.suppress(RayError):
             self._look()
         return self.failure

@@ -1,6 +1,7 @@
 """Ray as this program starts it, or finds it: settings, address, authentication, and resources to wait for."""
 
 import contextlib
+import logging
 import os
 import secrets
 import socket
@@ -55,7 +56,7 @@ def connected(needed: int, threads: int, gpu: bool, log: Callable[[str], None] =
             address=address or "local",
             namespace=NAMESPACE,
             log_to_driver=False,
-            logging_level="WARNING",
+            logging_level=logging.WARNING,
             **({} if address else {"num_cpus": cores(), "include_dashboard": False}),
         )
     except Exception as e:

@@ -54,8 +54,8 @@ def _reader(table: TaskTable, split: str, shard: int) -> Callable[[], Iterable[p
     return lambda: table.read(split, [shard])
 
 
-def materialise(table: TaskTable) -> dict[str, Dataset]:
-    """All tasks of a table in the object store: split -> its shards one after another, each in stored order.
+def materialise(table: TaskTable) -> dict[str, Any]:
+    """All tasks of a table in the object store: split -> Dataset of its shards, one after another, each as stored.
 
     Raises:
         UserError: a part is missing or damaged, or cannot be read on a node of the cluster.
@@ -71,7 +71,7 @@ def materialise(table: TaskTable) -> dict[str, Dataset]:
     return dict(zip(sizes, _cut(whole, ends), strict=True))
 
 
-def _cut(dataset: Dataset, ends: list[int]) -> list[Dataset]:
+def _cut(dataset: Dataset, ends: list[int]) -> Sequence[Dataset]:
     """The dataset in pieces; at ends of blocks, as here always, nothing is copied and no task runs."""
     return dataset.split_at_indices(ends) if ends else [dataset]
 
@@ -115,8 +115,9 @@ class DeliveredTable(TaskTable):
         wanted = [v for v in (range(self.shards) if shards is None else shards) if sizes[v]]
         if not wanted:
             return []
-        batches = ray.train.get_dataset_shard(split).iter_batches(batch_size=None, batch_format="pyarrow")
-        whole = pa.concat_tables(list(batches)).combine_chunks()
+        shard_of_rank: Any = ray.train.get_dataset_shard(split)
+        blocks = shard_of_rank.iter_batches(batch_size=None, batch_format="pyarrow")
+        whole = pa.concat_tables(blocks).combine_chunks()
         shard = draws.hashed(whole["task"].to_numpy(), purpose="shard") % np.uint64(self.shards)
         whole = whole.select(list(columns)) if columns else whole
         tables = [whole.filter(pa.array(shard == v)) for v in wanted]

@@ -50,6 +50,7 @@ class _ControllerLost(Exception):
 def _fit(config: Config, run: Location, table: TaskTable, log: Callable[[str], None]) -> Outcome:
     """One `fit()` of Ray Train, which itself starts new workers for lost ones."""
     import ray
+    from ray.exceptions import RayActorError
     from ray.train import TrainingFailedError
     from ray.train.torch import TorchTrainer
 
@@ -74,7 +75,7 @@ def _fit(config: Config, run: Location, table: TaskTable, log: Callable[[str], N
         outcome = trainer.fit().return_value
     except TrainingFailedError as e:
         error = e
-    except ray.exceptions.RayActorError as e:
+    except RayActorError as e:
         raise _ControllerLost(_line(e)) from e
     finally:
         failure = watch.close()

@@ -13,7 +13,6 @@ from distmeta import process
 from distmeta.data.schema import Dataset
 from distmeta.data.tasktable import TaskTable
 from distmeta.errors import RunError, UserError
-from distmeta.methods import entry
 from distmeta.parallel import rundir, trainer
 from distmeta.parallel.board import Pulse
 from distmeta.parallel.collective import ExchangeBroken, TorchExchange
@@ -61,7 +60,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _train(settings: dict[str, Any], exchange: TorchExchange, log: Any) -> dict[str, Any]:
-    config = restored(settings["config"])
+    config = config_module.of_plain(settings["config"])
     process.prepare(config.train.threads)
     run, place = Location.of(config.train.run), Location.of(config.data.data)
     where = f"a worker on {ray.util.get_node_ip_address()}"
@@ -73,20 +72,6 @@ def _train(settings: dict[str, Any], exchange: TorchExchange, log: Any) -> dict[
     fence = Fence(run, exchange) if exchange.rank == 0 else None
     outcome = trainer.train(config, run, Dataset.open(place), place, table, exchange, log, fence=fence)
     return asdict(outcome)
-
-
-def restored(plain: dict[str, Any]) -> config_module.Config:
-    """The Config whose `config.plain` this is."""
-    chosen = entry(plain["method"])
-    built = {
-        section: config_module.build(cls, plain[section], section)
-        for section, cls in (
-            ("data", config_module.DataOptions),
-            ("train", config_module.TrainOptions),
-            ("method_options", chosen.options),
-        )
-    }
-    return config_module.Config(plain["method"], built["method_options"], built["data"], built["train"])
 
 
 class Fence:

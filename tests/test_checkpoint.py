@@ -184,8 +184,9 @@ def test_one_without_manifest_does_not_count_and_is_swept_up(run, small):
             ["no tensor log_rate.exp_avg"],
         ),
     ],
-    ids="format method split cursor progress phases config missing unknown shape dtype moment".split(),
-)
+    ids=["format", "method", "split", "cursor", "progress", "phases", "config", "missing", "unknown", "shape",
+         "dtype", "moment"],
+)  # fmt: skip
 def test_what_does_not_fit_is_refused(run, small, fault, words):
     fault(newest_folder(run))
     with pytest.raises(UserError) as e:

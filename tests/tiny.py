@@ -3,6 +3,7 @@
 import sys
 import threading
 import types
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ class Grouped(Tiny):
 
     @staticmethod
     def group(task: Tensor) -> Tensor:
-        return torch.where(task % 40 == 7, 2, task % 2)
+        return torch.where(task % 31 == 7, 2, task % 3 % 2)
 
     def predict(self, state: list[Tensor], batch: TaskBatch) -> list[Tensor]:
         scores = super().predict(state, batch)
@@ -103,11 +104,37 @@ def register(monkeypatch: Any, base: type[Tiny] = Tiny) -> type[Tiny]:
     return fresh
 
 
-class Together(Exchange):
-    """Workers that are threads of this process; the sum is taken in the order of ranks."""
+class Meeting:
+    """Where workers that are threads hand each other what they have."""
 
-    def __init__(self, rank: int, world: int, shared: dict[int, Any], barrier: threading.Barrier) -> None:
-        self.rank, self.world, self.shared, self.barrier = rank, world, shared, barrier
+    def __init__(self, world: int) -> None:
+        self.world, self.failed = world, False
+        self.rounds: defaultdict[int, dict[int, Any]] = defaultdict(dict)
+        self.changed = threading.Condition()
+
+    def all(self, number: int, rank: int, mine: Any) -> list[Any]:
+        """What all gave in round `number`, by rank; BrokenBarrierError where one of them failed before it."""
+        with self.changed:
+            found = self.rounds[number]
+            found[rank] = mine
+            self.rounds.pop(number - 2, None)  # all came to the round after it, so all took it
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: len(found) == self.world or self.failed, 60)
+            if len(found) < self.world:
+                raise threading.BrokenBarrierError
+            return [found[r] for r in range(self.world)]
+
+    def fail(self) -> None:
+        with self.changed:
+            self.failed = True
+            self.changed.notify_all()
+
+
+class Together(Exchange):
+    """One of several workers that are threads of this process; the sum is taken in the order of ranks."""
+
+    def __init__(self, rank: int, meeting: Meeting) -> None:
+        self.rank, self.world, self.meeting, self.number = rank, meeting.world, meeting, 0
 
     def sum(self, flat: Tensor) -> Tensor:
         return flat.copy_(torch.stack(self._all(flat.clone())).sum(0))
@@ -116,23 +143,20 @@ class Together(Exchange):
         return self._all(data)
 
     def _all(self, mine: Any) -> list[Any]:
-        self.shared[self.rank] = mine
-        self.barrier.wait(60)
-        found = [self.shared[r] for r in range(self.world)]
-        self.barrier.wait(60)
-        return found
+        self.number += 1
+        return self.meeting.all(self.number, self.rank, mine)
 
 
 def together(world: int, work: Callable[[Exchange], Any]) -> list[Future[Any]]:
-    """work(exchange) done by `world` workers at once; one that fails lets no other wait."""
-    shared: dict[int, Any] = {}
-    barrier = threading.Barrier(world)
+    """work(exchange) done by `world` workers at once, in threads rank-0, …; one that fails lets no other wait."""
+    meeting = Meeting(world)
 
     def one(rank: int) -> Any:
+        threading.current_thread().name = f"rank-{rank}"
         try:
-            return work(Together(rank, world, shared, barrier))
+            return work(Together(rank, meeting))
         except BaseException:
-            barrier.abort()
+            meeting.fail()
             raise
 
     deterministic = torch.are_deterministic_algorithms_enabled()  # of the process: the workers set it crosswise

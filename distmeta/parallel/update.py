@@ -127,11 +127,10 @@ class MetaUpdate:
         self.flat = like.new_zeros(sum(sizes) + method.groups * sum(widths) + tail, requires_grad=False)
         self.tail = self.flat[-tail:]
         self.shared = self.flat[: sum(sizes)]
-        self.slices = self.flat[sum(sizes) : -tail].view(method.groups, sum(widths))
-        """[groups, width]: row k holds the gradients of all slices k."""
-        for p, part in zip(shared.values(), self.shared.split(sizes), strict=True):
-            p.grad = part.view_as(p)
-        for p, part in zip(stacked.values(), self.slices.split(widths, 1), strict=True):
+        stacks = self.flat[sum(sizes) : -tail].split([method.groups * w for w in widths])
+        self.stacks = [part.view(method.groups, -1) for part in stacks]
+        """[groups, width] of each grouped parameter: row k holds the gradient of slice k."""
+        for p, part in zip((*shared.values(), *stacked.values()), (*self.shared.split(sizes), *stacks), strict=True):
             p.grad = part.view_as(p)
         self.leaves: dict[str, Tensor] = dict(shared)
         """What AdamW sees, by name: parameters, and NAME.k for slice k of a grouped one (sharing its storage)."""
@@ -185,10 +184,10 @@ class MetaUpdate:
             NotFinite: on every worker; each names its own offending tasks of `batch`.
             ValueError: the method put a task into a group that it does not have.
         """
-        norms = torch.linalg.vector_norm(self.slices, dim=1)
-        norm = torch.linalg.vector_norm(self.shared)
         n = len(self.counts)
-        loss, count, *rest = torch.cat([self.tail, norms, norm[None]]).tolist()
+        norms = torch.stack([self.flat.new_zeros(n), *(torch.linalg.vector_norm(part, dim=1) for part in self.stacks)])
+        norm = torch.linalg.vector_norm(self.shared)
+        loss, count, *rest = torch.cat([self.tail, torch.linalg.vector_norm(norms, dim=0), norm[None]]).tolist()
         if not (math.isfinite(loss) and all(map(math.isfinite, rest))):
             raise NotFinite("gradient" if math.isfinite(loss) else "loss", self._culprits(batch))
         counts, norms, norm = rest[:n], rest[n:-1], rest[-1]
@@ -197,9 +196,9 @@ class MetaUpdate:
         self.counts = [int(c) for c in counts]
         if count:
             self.shared.mul_(self._scale(count, norm))
-            if self.slices.numel():
-                scales = [self._scale(c, one) for c, one in zip(counts, norms, strict=True)]
-                self.slices.mul_(self.slices.new_tensor(scales)[:, None])
+            scales = self.flat.new_tensor([[self._scale(c, one)] for c, one in zip(counts, norms, strict=True)])
+            for part in self.stacks:
+                part.mul_(scales)
             for touched, group in zip(self.counts, self.groups, strict=True):
                 for leaf, grad in group:
                     leaf.grad = grad if touched else None  # AdamW passes over one without

@@ -128,7 +128,9 @@ class TrainOptions:
         " depends on this.",
         least=1,
     )
-    threads: int = option(0, "CPU threads of each worker; 0: the cores divided by the workers.", least=0)
+    threads: int = option(
+        0, "CPU threads of each worker; 0: the cores divided by the workers, 1 on a cluster.", least=0
+    )
     gpu: bool = option(False, "Compute on a GPU.")
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -135,8 +136,8 @@ def _settled(config: Config, run: Location, place: Location) -> Config:
     """The config as the run keeps it: where everything lies, and how many threads it computes with."""
     from distmeta.parallel.update import cores
 
-    threads = config.train.threads or cores()
-    if threads > cores():
+    threads = config.train.threads or _threads(config.train.workers)
+    if config.train.workers == "0" and threads > cores():
         print(
             f"{threads} threads on {cores()} cores: slower, but the same to the last bit as where there are as many;"
             f" --threads {cores()} suits this machine"
@@ -146,6 +147,15 @@ def _settled(config: Config, run: Location, place: Location) -> Config:
         data=dataclasses.replace(config.data, data=str(place)),
         train=dataclasses.replace(config.train, run=str(run), threads=threads),
     )
+
+
+def _threads(workers: str) -> int:
+    """CPU threads of each worker where --threads leaves them open."""
+    from distmeta.parallel.update import cores
+
+    if workers == "0":
+        return cores()
+    return 1 if os.environ.get("RAY_ADDRESS") else max(1, cores() // int(workers.split(":")[-1]))
 
 
 def _small() -> Location:

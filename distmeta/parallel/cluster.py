@@ -5,6 +5,7 @@ import logging
 import os
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +38,11 @@ def connected(needed: int, threads: int, gpu: bool, log: Callable[[str], None] =
     address = os.environ.get("RAY_ADDRESS", "")
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
+    already = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    if already:  # the connection of a program that calls us, which is not ours to end
+        _await(needed, threads, gpu, log)
+        yield
+        return
     if not address and needed * threads > cores():
         raise UserError(
             f"--workers {needed}: {needed} workers of {threads} CPU{'s' * (threads > 1)} each need {needed * threads},"
@@ -45,10 +51,6 @@ def connected(needed: int, threads: int, gpu: bool, log: Callable[[str], None] =
     _authentication(address)
     import ray
 
-    if ray.is_initialized():  # the connection of a program that calls us, which is not ours to end
-        _await(needed, threads, gpu, log)
-        yield
-        return
     if address and address not in ("auto", "local"):
         _answers(address)
     try:

@@ -12,7 +12,19 @@ import torch
 
 from distmeta.errors import RunError
 from distmeta.evaluation import significance
-from distmeta.evaluation.metrics import CUTOFFS, METRICS, error_sums, ndcg, summarise
+from distmeta.evaluation.metrics import (
+    CLICK_METRICS,
+    CUTOFFS,
+    METRICS,
+    auc,
+    click_sums,
+    error_sums,
+    ndcg,
+    pooled_auc,
+    recall,
+    summarise,
+    task_metrics,
+)
 
 
 def _ndcg_of_order(labels: list[float], k: int) -> float:
@@ -133,8 +145,9 @@ def test_pooled_runs_widen_the_interval_where_they_share_users() -> None:
     x = np.random.default_rng(4).normal(size=400)
     a, b = _frame(range(400), x + 5), _frame(range(400), np.full(400, 5.0))
     other = a.with_columns(task=pl.col("task") + 1000), b.with_columns(task=pl.col("task") + 1000)
-    once, same = significance.pooled([(a, b)])["mae"], significance.pooled([(a, b), (a, b)])["mae"]
-    apart = significance.pooled([(a, b), other])["mae"]
+    units = [tuple((task_metrics(f),) for f in pair) for pair in ((a, b), other)]
+    once, same = significance.pooled(units[:1])["mae"], significance.pooled([units[0], units[0]])["mae"]
+    apart = significance.pooled(units)["mae"]
     assert same == pytest.approx(once)  # the same users again tell nothing new
     assert apart[0] == pytest.approx(once[0])
     assert (apart[2] - apart[1]) / (once[2] - once[1]) == pytest.approx(math.sqrt(0.5), rel=0.05)  # type: ignore[operator]
@@ -142,7 +155,80 @@ def test_pooled_runs_widen_the_interval_where_they_share_users() -> None:
 
 def test_comparison_needs_the_same_tasks() -> None:
     a = _frame([1, 2, 3], [1.0, 2.0, 3.0])
-    swapped = a.reverse()
-    assert significance.against(a, {"x": swapped})["x"] == {m: [0.0, 0.0, 0.0] for m in METRICS}
+    mine, swapped, fewer = ((task_metrics(f),) for f in (a, a.reverse(), a.head(2)))
+    assert significance.against(mine, {"x": swapped})["x"] == {m: [0.0, 0.0, 0.0] for m in METRICS}
     with pytest.raises(RunError, match="floor-x: was evaluated on other tasks"):
-        significance.against(a, {"floor-x": a.head(2)})
+        significance.against(mine, {"floor-x": fewer})
+
+
+def test_units_of_a_task_are_resampled_together() -> None:
+    """Each task's difference ten times over: as many rows as tell nothing new leave the interval as it is."""
+    x = np.random.default_rng(5).normal(size=300)
+    alone = pl.DataFrame({"task": np.arange(300), "mae": x})
+    rows = alone.select(pl.all().repeat_by(10).explode())
+    zero = (alone.with_columns(mae=pl.lit(0.0)),), (rows.with_columns(mae=pl.lit(0.0)),)
+    once = significance.against((alone,), {"x": zero[0]})["x"]["mae"]
+    assert significance.against((rows,), {"x": zero[1]})["x"]["mae"] == pytest.approx(once, abs=1e-12)
+
+
+def _brute_auc(score: np.ndarray, positive: np.ndarray) -> float:
+    wins = np.sign(score[positive][:, None] - score[~positive]) / 2 + 0.5
+    return float(wins.mean())
+
+
+def _brute_recall(score: np.ndarray, positive: np.ndarray, n: int) -> float:
+    """Mean over all orders of the rows that the scores allow."""
+    orders = [
+        order
+        for order in itertools.permutations(range(len(score)))
+        if all(score[a] >= score[b] for a, b in itertools.pairwise(order))
+    ]
+    return float(np.mean([positive[list(order[:n])].sum() / positive.sum() for order in orders]))
+
+
+def test_click_metrics_by_brute_force() -> None:
+    """Ties, padding anywhere, tasks of one class: AUC over all pairs, Recall@N over all orders, NEL by definition."""
+    rng = np.random.default_rng(6)
+    width, tasks = 8, 60
+    score, label = rng.integers(0, 4, (tasks, width)) / 3, rng.integers(0, 2, (tasks, width)).astype(float)
+    mask = rng.random((tasks, width)) < 0.7
+    mask[:, 0] = True
+    padded = torch.from_numpy(np.where(mask, score, 99)), torch.from_numpy(np.where(mask, label, 1))
+    given = *padded, torch.from_numpy(mask)
+    aucs, recalls, sums = auc(*given), recall(*given, (1, 3)), click_sums(*given)
+    for t in range(tasks):
+        s, positive = score[t, mask[t]], label[t, mask[t]] > 0
+        p = np.clip(s, 1e-6, 1 - 1e-6)
+        assert sums[t, 0] == positive.sum()
+        assert sums[t, 1:3].tolist() == pytest.approx([-np.log(p[positive]).sum(), -np.log(1 - p[~positive]).sum()])
+        if positive.any() and not positive.all():
+            assert aucs[t].item() == pytest.approx(_brute_auc(s, positive), abs=1e-12)
+        else:
+            assert aucs[t].isnan()
+        if positive.any():
+            expected = [_brute_recall(s, positive, n) for n in (1, 3)]
+            assert recalls[t].tolist() == pytest.approx(expected, abs=1e-12)
+        else:
+            assert recalls[t].isnan().all()
+    rows = pl.DataFrame({"score": score[mask], "label": label[mask]})
+    assert pooled_auc(rows) == pytest.approx(_brute_auc(score[mask], label[mask] > 0), abs=1e-12)
+    assert pooled_auc(rows.filter(pl.col("label") > 0)) is None
+
+
+def test_click_summary_by_hand() -> None:
+    """Task 1: p = .8 for a click, .4 and .1 for none; task 2: .5 for two clicks; task 3: .5 for none."""
+    score = torch.tensor([[0.8, 0.4, 0.1], [0.5, 0.5, 0.0], [0.5, 0.0, 0.0]], dtype=torch.float64)
+    label = torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 0, 0]])
+    mask = torch.tensor([[True, True, True], [True, True, False], [True, False, False]])
+    columns = ["positives", "nll_positive", "nll_negative", "auc", *CLICK_METRICS[2:]]
+    frame = pl.concat(
+        [_frame([1, 2, 3], [0.0] * 3), pl.DataFrame(click_sums(score, label, mask).numpy(), schema=columns)],
+        how="horizontal",
+    ).with_columns(n=pl.Series([3, 2, 1]))
+    found = summarise(frame)
+    assert found["nel"] == pytest.approx((-math.log(0.8) - (math.log(0.6) + math.log(0.9)) / 2) / 2)
+    negatives = -(math.log(0.6) + math.log(0.9) + math.log(0.5)) / 3
+    assert found["nel_rows"] == pytest.approx((-(math.log(0.8) + 2 * math.log(0.5)) / 3 + negatives) / 2)
+    assert (found["auc"], found["recall@10"], found["n_positive"], found["n_both"]) == (1.0, 1.0, 2, 1)
+    assert set(CLICK_METRICS) <= set(task_metrics(frame).columns)
+    assert not set(CLICK_METRICS) & set(summarise(_frame([1], [1.0])))

@@ -2,20 +2,23 @@
 
 import re
 
+import numpy as np
 import polars as pl
 import pytest
 
 from distmeta import cli
 from distmeta.commands.evaluate import pooled_table
+from distmeta.evaluation.measured import ErrorHistogram, Measured
 from distmeta.storage import Location
 
 
-def frame(tasks: list[int], absolute: float) -> pl.DataFrame:
+def frame(tasks: list[int], absolute: float) -> Measured:
     """Per-task sums with a MAE of `absolute` everywhere, two rows a task."""
     n = len(tasks)
     ones = {f"ndcg@{k}": [0.5] * n for k in (1, 3, 5, 10)}
     sums = {"n": [2] * n, "abs_sum": [2 * absolute] * n, "sq_sum": [1.0] * n}
-    return pl.DataFrame({"split": ["test"] * n, "task": tasks, "cohort": ["C-W"] * n, **sums, **ones})
+    made = pl.DataFrame({"split": ["test"] * n, "task": tasks, "cohort": ["C-W"] * n, **sums, **ones})
+    return Measured(made, None, ErrorHistogram(np.linspace(-4, 4, 3), np.zeros(2, np.int64)))
 
 
 def test_pooled_differences_are_those_of_all_tasks_together():

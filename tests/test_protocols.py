@@ -169,7 +169,7 @@ def test_melu_never_leaks(small: Location) -> None:
     assert (rows(table).group_by("task").agg((pl.col("role") == 1).sum())["role"] == 10).all()
 
 
-@pytest.mark.parametrize("protocol", ["cmml-user", "melu"])
+@pytest.mark.parametrize("protocol", list(PINNED))
 def test_split_hash_is_a_property_of_the_split(tmp_path: Path, tiny_at: Path, protocol: str) -> None:
     """Pinned; the same in another folder and with other parts; another for another seed. Tables agree row by row."""
     first = tasktable.make(Location.of(tiny_at), protocol, 0, {})

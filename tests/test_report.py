@@ -1,5 +1,6 @@
 """Evaluation from end to end on a small made dataset: floors and their cache, evaluation.json, the report."""
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -17,7 +18,8 @@ from distmeta.data.tasktable import TaskTable, make
 from distmeta.errors import RunError
 from distmeta.evaluation import evaluate as evaluation
 from distmeta.evaluation import report
-from distmeta.evaluation.metrics import METRICS
+from distmeta.evaluation.measured import Measured
+from distmeta.evaluation.metrics import METRICS, summarise
 from distmeta.methods import FLOORS, entry, method_class
 from distmeta.methods.base import fit_closed_form
 from distmeta.storage import Location
@@ -39,17 +41,18 @@ def table(small: Location) -> TaskTable:
 
 
 @pytest.fixture(scope="module")
-def floors(small: Location, dataset: Dataset, table: TaskTable) -> dict[str, pl.DataFrame]:
+def floors(small: Location, dataset: Dataset, table: TaskTable) -> dict[str, Measured]:
     return evaluation.floors(table, dataset, small, FLOORS["rating"])
 
 
 @pytest.fixture(scope="module")
-def found(floors: dict[str, pl.DataFrame], table: TaskTable) -> dict[str, Any]:
-    return evaluation.assemble("als", "cmml-user", table.split_hash, 0, floors["als"], floors)
+def found(floors: dict[str, Measured], table: TaskTable) -> dict[str, Any]:
+    return evaluation.assemble("als", table, 0, floors["als"], floors)
 
 
-def test_frame_measures_each_test_task_once(floors: dict[str, pl.DataFrame], table: TaskTable) -> None:
-    frame = floors["bias"]
+def test_frame_measures_each_test_task_once(floors: dict[str, Measured], table: TaskTable) -> None:
+    frame = floors["bias"].tasks
+    assert floors["bias"].rows is None
     assert frame["task"].is_unique().all()
     assert len(frame) == table.counts["test"]["tasks"]
     counted = {c: len(f) for (c,), f in frame.partition_by("cohort", as_dict=True).items()}
@@ -74,14 +77,14 @@ def test_cache_is_used_and_made_again_where_it_is_wrong(
 
     def again(made: int) -> pl.DataFrame:
         fits.clear()
-        frame = evaluation.floors(table, dataset, small, ["bias"])["bias"]
+        frame = evaluation.floors(table, dataset, small, ["bias"])["bias"].tasks
         assert len(fits) == made
         return frame
 
     first = again(1)
     assert again(0).equals(first)
-    (file,) = (f for f in (table.location / "floors").children() if f.name.endswith(".parquet"))
-    manifest = Location(file.fs, file.path.removesuffix(".parquet") + ".json")
+    (file,) = (f for f in (table.location / "floors").children() if f.name.endswith(".arrow"))
+    manifest = Location(file.fs, file.path.removesuffix(".arrow") + ".json")
     whole = file.read_bytes()
     file.write_bytes(whole[:-50] + whole[-40:])
     assert again(1).equals(first)
@@ -101,14 +104,14 @@ def test_floor_that_cannot_be_kept_is_said_and_used(
 ) -> None:
     table = make(small, "cmml-user", 9, {})
     (table.location / "floors").write_bytes(b"a file where the folder should be")
-    assert len(evaluation.floors(table, dataset, small, ["constant"])["constant"])
+    assert len(evaluation.floors(table, dataset, small, ["constant"])["constant"].tasks)
     assert "constant is not kept" in caplog.text
 
 
 def test_seen_tasks_are_a_cohort_but_not_part_of_all(small: Location, dataset: Dataset) -> None:
     table = make(small, "melu", 0, {})
     frame = evaluation.floors(table, dataset, small, ["bias"])["bias"]
-    found = evaluation.assemble("bias", "melu", table.split_hash, 0, frame, {"bias": frame})
+    found = evaluation.assemble("bias", table, 0, frame, {"bias": frame})
     counts = {c: s["n_tasks"] for c, s in found["cohorts"].items()}
     assert counts["all"] == table.counts["test"]["tasks"] > 0
     assert counts["warm"] == table.counts["seen"]["tasks"] > 0
@@ -130,9 +133,9 @@ def test_evaluation_has_every_floor_cohort_and_metric(found: dict[str, Any]) -> 
     json.dumps(found, allow_nan=False)
 
 
-def test_floor_of_other_tasks_is_refused(floors: dict[str, pl.DataFrame], table: TaskTable) -> None:
+def test_floor_of_other_tasks_is_refused(floors: dict[str, Measured], table: TaskTable) -> None:
     with pytest.raises(RunError, match="bias: was evaluated on other tasks"):
-        evaluation.assemble("als", "cmml-user", table.split_hash, 0, floors["als"], {"bias": floors["bias"][:-1]})
+        evaluation.assemble("als", table, 0, floors["als"], {"bias": _only(floors["bias"], floors["bias"].tasks[:-1])})
 
 
 def test_prediction_that_is_not_finite_fails_the_run(dataset: Dataset, table: TaskTable) -> None:
@@ -143,15 +146,19 @@ def test_prediction_that_is_not_finite_fails_the_run(dataset: Dataset, table: Ta
         evaluation.evaluate(method, table, dataset)
 
 
+def _only(measured: Measured, tasks: pl.DataFrame) -> Measured:
+    return dataclasses.replace(measured, tasks=tasks)
+
+
 def _errors(dataset: Dataset, table: TaskTable) -> evaluation.ErrorHistogram:
     method = method_class("bias")(entry("bias").options(), dataset, {})
     fit_closed_form(method, lambda sweep: Loader(table, dataset, "train", 64).evaluation())
-    errors = evaluation.ErrorHistogram.of(dataset.label)
-    frame = evaluation.evaluate(method, table, dataset, errors)
+    measured = evaluation.evaluate(method, table, dataset)
+    errors, frame = measured.errors, measured.tasks
     assert errors.counts.sum() == frame["n"].sum()
     centres = np.abs(errors.edges[1:] + errors.edges[:-1]) / 2
     width = errors.edges[1] - errors.edges[0]
-    mae_ratings = evaluation.summarise(frame)["mae_ratings"]
+    mae_ratings = summarise(frame)["mae_ratings"]
     assert (centres * errors.counts).sum() / errors.counts.sum() == pytest.approx(mae_ratings, abs=width)
     return errors
 
@@ -224,13 +231,13 @@ def test_report_escapes_what_others_wrote(found: dict[str, Any], dataset: Datase
 
 
 def test_report_with_little_to_show(
-    found: dict[str, Any], floors: dict[str, pl.DataFrame], dataset: Dataset, table: TaskTable
+    found: dict[str, Any], floors: dict[str, Measured], dataset: Dataset, table: TaskTable
 ) -> None:
     """One cohort of one task, undefined NDCG, no curves, no floor but itself, no task at all: still a page."""
     nothing = evaluation.ErrorHistogram.of(dataset.label)
-    one = floors["als"].filter(pl.col("cohort") == "C-W")[:1]
+    one = floors["als"].tasks.filter(pl.col("cohort") == "C-W")[:1]
     one = one.with_columns(pl.lit(float("nan")).alias(c) for c in one.columns if c.startswith("ndcg"))
-    other = floors["bias"].filter(pl.col("task") == one["task"].item())
+    other = floors["bias"].tasks.filter(pl.col("task") == one["task"].item())
     closed = [{"epoch": 1, "train_loss": None, "valid_mae": 0.7}]
     cases = {
         "one task alone gives no interval": (one, {"bias": other}),
@@ -238,7 +245,8 @@ def test_report_with_little_to_show(
         "no test task": (one.clear(), {"bias": one.clear()}),
     }
     for expected, (frame, others) in cases.items():
-        made = evaluation.assemble("als", "cmml-user", "hash", 0, frame, others)
+        measured = {name: _only(floors["als"], f) for name, f in others.items()}
+        made = evaluation.assemble("als", table, 0, _only(floors["als"], frame), measured)
         json.dumps(made, allow_nan=False)
         page = _Page(report.page("run", made, closed, "", dataset, nothing))
         assert expected in " ".join("".join(page.text).split())
@@ -270,8 +278,8 @@ def test_floors_reach_their_anchors_on_movielens(ml1m: Location) -> None:
     dataset = Dataset.open(ml1m)
     table = make(ml1m, "cmml-user", 0, {"max_ratings": 100})
     found = {}
-    for name, frame in evaluation.floors(table, dataset, ml1m, FLOORS["rating"]).items():
-        found[name] = evaluation.summarise(frame.filter(pl.col("cohort") == "C-W"))["mae"]
+    for name, measured in evaluation.floors(table, dataset, ml1m, FLOORS["rating"]).items():
+        found[name] = summarise(measured.tasks.filter(pl.col("cohort") == "C-W"))["mae"]
     assert found["bias"] == pytest.approx(0.739, abs=0.011)
     assert found["als"] == pytest.approx(0.692, abs=0.011)
     assert found["constant"] > found["itemmean"] > found["bias"] > found["als"]

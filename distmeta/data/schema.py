@@ -18,7 +18,7 @@ from distmeta.errors import UserError
 from distmeta.storage import Location
 
 FORMAT = 1
-TASK_COLUMNS = ("task", "split", "cohort", "label", "time", "role")
+TASK_COLUMNS = ("task", "split", "cohort", "label", "time", "role", "row_cohort")
 """Columns of task tables besides user, item and the user's fields, which may not be called so."""
 FieldType = Literal["categorical", "multi_categorical", "numeric"]
 

@@ -2,35 +2,37 @@
 
 import dataclasses
 import hashlib
-import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import polars as pl
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from distmeta.data.loader import Loader, read_items
+from distmeta.data.protocols import QUERY
 from distmeta.data.schema import Dataset, Label
+from distmeta.data.tables import to_polars
+from distmeta.data.taskmaker import ROW_COHORT
 from distmeta.data.tasktable import TaskTable
 from distmeta.errors import RunError, UserError
 from distmeta.evaluation import significance
-from distmeta.evaluation.metrics import CUTOFFS, error_sums, ndcg, summarise
+from distmeta.evaluation.cohorts import cohorts, groups, matched
+from distmeta.evaluation.measured import ErrorHistogram, Measured
+from distmeta.evaluation.metrics import CLICK_COLUMNS, CUTOFFS, click_sums, error_sums, ndcg
 from distmeta.methods import entry, method_class
 from distmeta.methods.base import Method, fit_closed_form
 from distmeta.storage import Location
+from distmeta.tasks import TaskBlock
 
-__all__ = ["CUTOFFS", "ErrorHistogram", "assemble", "evaluate", "floors", "per_task", "summarise"]
+__all__ = ["ErrorHistogram", "Measured", "assemble", "evaluate", "floors", "measure"]
 
 SPLITS = ("test", "seen")
 """What is evaluated, where the protocol has it: new tasks, and for some protocols training tasks again."""
 
-VERSION = 1
+VERSION = 2
 """Of the floors and of what is measured; a change of either makes the cached floors anew."""
 
 BATCH = 256
@@ -39,92 +41,140 @@ BATCH = 256
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class ErrorHistogram:
-    """How often each signed error ŷ − y occurs, over all query rows added; in equal bins."""
-
-    edges: NDArray[np.float64]
-    """[bins + 1], from minus the label's range to plus it: predictions are clipped to the range."""
-    counts: NDArray[np.int64] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.counts = np.zeros(len(self.edges) - 1, np.int64)
-
-    @classmethod
-    def of(cls, label: Label, bins: int = 80) -> "ErrorHistogram":
-        """An empty histogram for labels of this range."""
-        span = label.maximum - label.minimum
-        return cls(np.linspace(-span, span, bins + 1))
-
-    def add(self, errors: Tensor) -> None:
-        """Count errors of any shape."""
-        self.counts += np.histogram(errors.double().cpu().numpy(), self.edges)[0]
-
-
-def per_task(
-    method: Method, loader: Loader, label: Label, *, split: str = "test", errors: ErrorHistogram | None = None
-) -> pl.DataFrame:
+def measure(
+    method: Method, loader: Loader, label: Label, split: str = "test", row_cohorts: pl.DataFrame | None = None
+) -> Measured:
     """Adapt to every task of the loader from its support, predict its query, and measure.
 
     Args:
         label: predictions are clipped to its range, before they are ranked too.
         split: what the loader holds; only tasks of the split test count for the cohort `all`.
-        errors: where signed errors are counted besides.
-
-    Returns:
-        One row a task, sorted by task: task int64, split, cohort, n (query rows), abs_sum, sq_sum, ndcg@k.
+        row_cohorts: task, position, row_cohort of the loader's query rows, where the protocol has cohorts of rows.
 
     Raises:
         RunError: a prediction is not finite.
     """
     device = next(iter([*method.parameters(), *method.buffers()])).device
     method.eval()
-    tasks, sums = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, 3 + len(CUTOFFS), dtype=torch.float64)]
+    clicks = label.kind == "click"
+    names = ["n", "abs_sum", "sq_sum", *(f"ndcg@{k}" for k in CUTOFFS), *(CLICK_COLUMNS if clicks else ())]
+    tasks, sums = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, len(names), dtype=torch.float64)]
+    rows, errors = [_rows(torch.zeros(0, dtype=torch.int64), *torch.zeros(3, 0, 0))], ErrorHistogram.of(label)
     with torch.no_grad():
         for batch in loader.evaluation():
             batch = batch.to(device)
             scores = method.predict(method.adapt(batch), batch)
             for block, score in zip(batch, scores, strict=True):
+                _check_finite(method, block, score)
                 query = block.query
-                bad = (~score.isfinite() & query.mask).any(1)
-                if bad.any():
-                    raise RunError(
-                        f"{method.name}: its prediction for task {int(block.task[bad][0])} is not a finite number; "
-                        "training diverged, lower the step sizes (lr, local_lr)"
-                    )
-                score = score.double().clamp(label.minimum, label.maximum)
-                n = query.mask.sum(1, dtype=torch.float64)
-                absolute, squared = error_sums(score, query.label, query.mask)
-                ranking = ndcg(score, query.label, query.mask)
+                given = score.double().clamp(label.minimum, label.maximum), query.label, query.mask
                 tasks.append(block.task.cpu())
-                sums.append(torch.column_stack((n, absolute, squared, ranking)).cpu())
-                if errors is not None:
-                    errors.add((score - query.label)[query.mask])
-    names = ["n", "abs_sum", "sq_sum", *(f"ndcg@{k}" for k in CUTOFFS)]
-    measured = pl.DataFrame(torch.cat(sums).numpy(), schema=names).with_columns(pl.col("n").cast(pl.Int64))
-    measured = measured.with_columns(task=pl.Series(torch.cat(tasks).numpy()), split=pl.lit(split))
-    frame = measured.join(loader.tasks(), on="task", how="left", validate="1:1")
-    return frame.select("task", "split", "cohort", *names).sort("task")
+                sums.append(_sums(*given, clicks).cpu())
+                if clicks or row_cohorts is not None:
+                    rows.append(_rows(block.task, *given))
+                if split == "test":
+                    errors.add((given[0] - query.label)[query.mask])
+    counted = pl.DataFrame(torch.cat(sums).numpy(), schema=names).with_columns(pl.col("n").cast(pl.Int64))
+    counted = counted.with_columns(task=pl.Series(torch.cat(tasks).numpy()), split=pl.lit(split))
+    frame = counted.join(loader.tasks(), on="task", how="left", validate="1:1")
+    frame = frame.select("task", "split", "cohort", *names).sort("task")
+    if not clicks and row_cohorts is None:
+        return Measured(frame, None, errors)
+    return Measured(frame, _with_cohorts(pl.concat(rows), split, row_cohorts), errors)
 
 
-def evaluate(method: Method, table: TaskTable, dataset: Dataset, errors: ErrorHistogram | None = None) -> pl.DataFrame:
-    """`per_task` on every split that is evaluated and that the table has; errors are those of the split test."""
-    frames = []
+def _check_finite(method: Method, block: TaskBlock, score: Tensor) -> None:
+    bad = (~score.isfinite() & block.query.mask).any(1)
+    if bad.any():
+        raise RunError(
+            f"{method.name}: its prediction for task {int(block.task[bad][0])} is not a finite number; "
+            "training diverged, lower the step sizes (lr, local_lr)"
+        )
+
+
+def _sums(score: Tensor, label: Tensor, mask: Tensor, clicks: bool) -> Tensor:
+    """What a per-task frame holds of each task of a block: float64 [b, columns]."""
+    n = mask.sum(1, dtype=torch.float64)
+    parts = [n, *error_sums(score, label, mask), ndcg(score, label, mask)]
+    return torch.column_stack([*parts, click_sums(score, label, mask)] if clicks else parts)
+
+
+def _rows(task: Tensor, score: Tensor, label: Tensor, mask: Tensor) -> pl.DataFrame:
+    """The query rows of a block: task, position, score, label."""
+    mask = mask.bool()
+    which, position = mask.nonzero(as_tuple=True)
+    columns = {"task": task[which], "position": position.int(), "score": score.double()[mask], "label": label[mask]}
+    return pl.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
+
+
+def _with_cohorts(rows: pl.DataFrame, split: str, row_cohorts: pl.DataFrame | None) -> pl.DataFrame:
+    """Measured.rows of one split, by (task, position)."""
+    if row_cohorts is None:
+        rows = rows.with_columns(row_cohort=pl.lit(None, pl.String))
+    else:
+        rows = rows.join(row_cohorts, on=["task", "position"], how="left", validate="1:1")
+    rows = rows.with_columns(split=pl.lit(split))
+    return rows.select("task", "split", "position", "row_cohort", "score", "label").sort("task", "position")
+
+
+def _row_cohorts(table: TaskTable, split: str, shards: Sequence[int]) -> pl.DataFrame | None:
+    """task, position, row_cohort of the query rows of `shards`; None where the protocol has no cohorts of rows."""
+    if not table.row_cohorts:
+        return None
+    empty = pl.DataFrame(schema={"task": pl.Int64, "role": pl.List(pl.Int8), ROW_COHORT: pl.List(pl.Int8)})
+    frames = [to_polars(part) for part in table.read(split, shards, ["task", "role", ROW_COHORT])]
+    lists = pl.concat([empty, *frames])
+    alike = lists.select((pl.col("role").list.len() == pl.col(ROW_COHORT).list.len()).all()).item()
+    rows = lists.explode("role", ROW_COHORT).filter(pl.col("role") == QUERY) if alike else empty
+    names = pl.Series(table.row_cohorts, dtype=pl.Enum(table.row_cohorts))
+    if not alike or not rows[ROW_COHORT].is_between(0, len(names) - 1).all():
+        raise UserError(f"{table.location}: a row's cohort is missing or unknown; delete it to have it made again")
+    return rows.select(
+        "task",
+        pl.int_range(pl.len(), dtype=pl.Int32).over("task").alias("position"),
+        names.gather(rows[ROW_COHORT].cast(pl.UInt32)).alias("row_cohort"),
+    )
+
+
+def evaluate(
+    method: Method,
+    table: TaskTable,
+    dataset: Dataset,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    memory: int | None = None,
+) -> Measured:
+    """`measure` on every split that is evaluated and that the table has, or on one worker's tasks of them.
+
+    `Measured.concat` of all workers' is, but for the rounding of a task's sums, what one worker measures.
+
+    Args:
+        memory: the loaders' bound, in bytes.
+    """
+    mine = [v for v in range(table.shards) if v % world == rank]
+    parts = []
     for split in SPLITS:
-        loader = Loader(table, dataset, split, BATCH)
+        loader = Loader(table, dataset, split, BATCH, rank=rank, world=world, memory=memory)
         if loader.n_tasks or split == "test":
-            mine = errors if split == "test" else None
-            frames.append(per_task(method, loader, dataset.label, split=split, errors=mine))
-    return pl.concat(frames)
+            parts.append(measure(method, loader, dataset.label, split, _row_cohorts(table, split, mine)))
+    return Measured.concat(parts)
 
 
 def floors(
-    table: TaskTable, dataset: Dataset, dataset_location: Location, names: Sequence[str]
-) -> dict[str, pl.DataFrame]:
-    """Per-task frames of the floors, by name: fitted on the split train only, with their default options.
+    table: TaskTable,
+    dataset: Dataset,
+    dataset_location: Location,
+    names: Sequence[str],
+    memory: int | None = None,
+) -> dict[str, Measured]:
+    """What the floors measure, by name: fitted on the split train only, with their default options.
 
-    Each is kept at TABLE/floors/NAME-HASH.parquet, with a manifest written after it, and made again where the
+    Each is kept at TABLE/floors/NAME-HASH.arrow, with a manifest written after it, and made again where the
     file is damaged or the split or the options differ.
+
+    Args:
+        memory: the loaders' bound, in bytes.
     """
     found = {name: _cached(table, name) for name in names}
     missing = [name for name in names if found[name] is None]
@@ -132,11 +182,11 @@ def floors(
     for name in missing:
         chosen = entry(name)
         method = method_class(name)(chosen.options(), dataset, items)
-        train = Loader(table, dataset, "train", BATCH)
+        train = Loader(table, dataset, "train", BATCH, memory=memory)
         fit_closed_form(method, lambda sweep, train=train: train.evaluation())
-        found[name] = frame = evaluate(method, table, dataset)
-        _keep(table, name, frame)
-    return {name: frame for name, frame in found.items() if frame is not None}
+        found[name] = measured = evaluate(method, table, dataset, memory=memory)
+        _keep(table, name, measured)
+    return {name: measured for name, measured in found.items() if measured is not None}
 
 
 def _identity(table: TaskTable, name: str) -> dict[str, Any]:
@@ -150,11 +200,11 @@ def _place(table: TaskTable, name: str) -> tuple[Location, Location]:
     identity = {k: v for k, v in _identity(table, name).items() if k != "split_hash"}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     folder = table.location / "floors"
-    return folder / f"{name}-{digest}.parquet", folder / f"{name}-{digest}.json"
+    return folder / f"{name}-{digest}.arrow", folder / f"{name}-{digest}.json"
 
 
-def _cached(table: TaskTable, name: str) -> pl.DataFrame | None:
-    """A floor's frame as it was kept; None where it is missing, damaged or of another split."""
+def _cached(table: TaskTable, name: str) -> Measured | None:
+    """A floor as it was kept; None where it is missing, damaged or of another split."""
     file, manifest = _place(table, name)
     if not manifest.exists() or not file.exists():
         return None
@@ -164,58 +214,56 @@ def _cached(table: TaskTable, name: str) -> pl.DataFrame | None:
         return None
     if kept != {**_identity(table, name), "sha256": hashlib.sha256(data).hexdigest()}:
         return None
-    return pl.read_parquet(io.BytesIO(data))
+    return Measured.from_ipc(data)
 
 
-def _keep(table: TaskTable, name: str, frame: pl.DataFrame) -> None:
+def _keep(table: TaskTable, name: str, measured: Measured) -> None:
     file, manifest = _place(table, name)
-    buffer = io.BytesIO()
-    frame.write_parquet(buffer)
+    data = measured.to_ipc()
     try:
         (table.location / "floors").make_dir()
-        file.write_bytes(buffer.getvalue())
-        manifest.write_json({**_identity(table, name), "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()})
+        file.write_bytes(data)
+        manifest.write_json({**_identity(table, name), "sha256": hashlib.sha256(data).hexdigest()})
     except UserError as e:  # a dataset that may only be read: the numbers are at hand, the next run makes them again
         log.warning("the floor %s is not kept for the next run: %s", name, e)
 
 
 def assemble(
-    method_name: str, protocol: str, split_hash: str, seed: int, frame: pl.DataFrame, floors: Mapping[str, pl.DataFrame]
+    method_name: str, table: TaskTable, seed: int, measured: Measured, floors: Mapping[str, Measured]
 ) -> dict[str, Any]:
     """RUN/evaluation.json: metrics by cohort, the floors' beside them, and paired differences method − floor.
 
     Args:
-        frame: the method's per-task frame, as `evaluate` makes it.
-        floors: the floors' frames for the same tasks, by name.
+        measured: the method, as `evaluate` measures it on `table`; of all workers.
+        floors: the floors on the same tasks, by name.
 
     Returns:
         {"method", "protocol", "split_hash", "seed", "cohorts": {cohort: metrics}, "floors": {floor: {cohort:
         metrics}}, "paired": {floor: {cohort: {metric: [difference, low, high]}}}}; the cohort `all` is every
-        task of the split test.
+        task of the split test. Where the protocol compares groups of users also "groups": {"A-B": t-test} and
+        "floor_groups": {floor: {"A-B": t-test}}, as `cohorts.groups` makes them.
 
     Raises:
         RunError: a floor was evaluated on other tasks than the method.
     """
-    cohorts = _cohorts(frame)
-    others = {name: _cohorts(floor) for name, floor in floors.items()}
+    mine = cohorts(measured)
+    others = {name: cohorts(floor) for name, floor in floors.items()}
     paired: dict[str, dict[str, Any]] = {name: {} for name in floors}
-    for cohort, mine in cohorts.items():
-        theirs = {name: other.get(cohort, frame.clear()) for name, other in others.items()}
-        for name, differences in significance.against(mine, theirs).items():
+    for cohort, found in mine.items():
+        theirs = {name: matched(mine, other)[cohort].units for name, other in others.items()}
+        for name, differences in significance.against(found.units, theirs).items():
             paired[name][cohort] = differences
+    tests = {}
+    if table.compared:
+        tests["groups"] = groups(measured, table.compared)
+        tests["floor_groups"] = {name: groups(floor, table.compared) for name, floor in floors.items()}
     return {
         "method": method_name,
-        "protocol": protocol,
-        "split_hash": split_hash,
+        "protocol": table.protocol,
+        "split_hash": table.split_hash,
         "seed": seed,
-        "cohorts": {cohort: summarise(f) for cohort, f in cohorts.items()},
-        "floors": {name: {c: summarise(f) for c, f in other.items()} for name, other in others.items()},
+        "cohorts": {name: cohort.summary for name, cohort in mine.items()},
+        "floors": {name: {c: cohort.summary for c, cohort in other.items()} for name, other in others.items()},
         "paired": paired,
+        **tests,
     }
-
-
-def _cohorts(frame: pl.DataFrame) -> dict[str, pl.DataFrame]:
-    """`all`, then each cohort by name. A frame without the column split is all of the split test."""
-    test = frame.filter(pl.col("split") == "test") if "split" in frame.columns else frame
-    named = frame.partition_by("cohort", as_dict=True)
-    return {"all": test} | {str(key[0]): named[key] for key in sorted(named)}

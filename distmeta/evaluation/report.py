@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 from distmeta.data.schema import Dataset
 from distmeta.evaluation import charts
 from distmeta.evaluation.charts import finite, signed
+from distmeta.evaluation.metrics import RECALL_CUTOFFS
+from distmeta.evaluation.style import PAGE, STYLE
 from distmeta.storage import Location
 
 if TYPE_CHECKING:
-    from distmeta.evaluation.evaluate import ErrorHistogram
+    from distmeta.evaluation.measured import ErrorHistogram
 
 _COLUMNS = {
     "mae": "MAE",
@@ -24,7 +26,13 @@ _COLUMNS = {
     "ndcg@3": "NDCG@3",
     "ndcg@5": "NDCG@5",
     "ndcg@10": "NDCG@10",
+    "auc": "AUC",
+    "auc_rows": "AUC, rows",
+    "nel": "NEL",
+    "nel_rows": "NEL, rows",
+    **{f"recall@{n}": f"Recall@{n}" for n in RECALL_CUTOFFS},
 }
+"""What the tables show, where a cohort has it."""
 _VERSIONS = ("distmeta", "torch", "numpy", "polars", "pyarrow", "ray")
 
 
@@ -71,9 +79,10 @@ def page(
         "</div>",
         _metric_tables(evaluation),
         _paired_tables(evaluation),
+        _group_tables(evaluation),
         _provenance(evaluation, metrics, config_yaml, dataset),
     ]
-    return _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(body))
+    return PAGE.format(title=escape(title), style=STYLE, body="\n".join(body))
 
 
 # --- what it says
@@ -131,6 +140,8 @@ def _tiles(evaluation: Mapping[str, Any], dataset: Dataset) -> str:
     scores, floor = evaluation["cohorts"]["all"], best_floor(evaluation)
     tiles = [("MAE", _show(scores["mae"]), "mean over users"), ("RMSE", _show(scores["rmse"]), "over ratings")]
     tiles.append(("NDCG@3", _show(scores["ndcg@3"]), f"{scores['n_ranked']:,} tasks ranked"))
+    if "auc" in scores:
+        tiles.append(("AUC", _show(scores["auc"]), f"{scores['n_both']:,} tasks with both classes"))
     if floor:
         tiles.append(("best floor", _show(evaluation["floors"][floor]["all"]["mae"]), f"MAE of {escape(floor)}"))
     bayes = dataset.extra.get("bayes", {}).get("mae")
@@ -158,7 +169,8 @@ def _figures(
     yield _figure(
         charts.bars(mae, method),
         "Error by cohort",
-        "Mean absolute error, averaged over users, of the method and of the floors on the same tasks.",
+        "Mean absolute error, averaged over users, of the method and of the floors on the same tasks."
+        + (" Cohorts other than “all” are of query rows, and average over rows." if _by_row(evaluation) else ""),
     )
     paired = {c: {f: evaluation["paired"][f][c]["mae"] for f in others} for c in cohorts}
     if any(d[0] is not None for group in paired.values() for d in group.values()):
@@ -193,34 +205,40 @@ def _metric_tables(evaluation: Mapping[str, Any]) -> str:
     for cohort in _cohorts(evaluation):
         rows = {method: evaluation["cohorts"][cohort]}
         rows |= {f: c[cohort] for f, c in evaluation["floors"].items() if f != method and cohort in c}
-        count = evaluation["cohorts"][cohort]
-        caption = f"{escape(cohort)} <small>{count['n_tasks']:,} tasks, {count['n_ratings']:,} query ratings</small>"
-        body = [
-            f'<tr{" class=mine" if name == method else ""}><th scope="row">{escape(name)}</th>'
-            + "".join(f"<td>{_show(scores.get(key))}</td>" for key in _COLUMNS)
-            + "</tr>"
-            for name, scores in rows.items()
-        ]
-        parts.append(_table(caption, ["", *_COLUMNS.values()], body))
+        caption = f"{escape(cohort)} <small>{_counted(rows[method])}</small>"
+        columns = {key: head for key, head in _COLUMNS.items() if key in rows[method]}
+        body = [_row(name, name == method, [_show(s.get(key)) for key in columns]) for name, s in rows.items()]
+        parts.append(_table(caption, ["", *columns.values()], body))
     notes = (
         "MAE, MSE and NDCG are means over tasks; “MAE, ratings” and RMSE are pooled over ratings. Predictions are "
         "clipped to the label’s range. NDCG ranks a task’s query rows: gain 2<sup>r</sup> − 1, tied predictions share "
         "their ranks’ mean discount; tasks without any gain are left out."
     )
+    if _by_row(evaluation):
+        notes += (
+            " Cohorts of query rows: errors are means over rows; NDCG@3 is the mean over clips of 5 rows in a row, by "
+            "task and time, as MAMO’s appendix A.2.3 has it."
+        )
+    if "auc" in evaluation["cohorts"]["all"]:
+        notes += (
+            " Clicks: AUC and NEL are means over tasks with both classes, Recall@N over tasks with a click; “rows” is "
+            "all rows pooled. NEL is the class-weighted log loss: ½ (mean of −log p over clicks + mean of −log(1 − p) "
+            "over the others)."
+        )
     return "".join([*parts, f'<p class="note">{notes}</p></section>'])
 
 
 def _paired_tables(evaluation: Mapping[str, Any]) -> str:
     method = evaluation["method"]
-    keys = [k for k in _COLUMNS if k not in ("mae_ratings", "rmse")]
     parts = [f"<section><h2>Paired differences: {escape(method)} minus floor</h2>"]
     for cohort in _cohorts(evaluation):
+        found = {f: c[cohort] for f, c in evaluation["paired"].items() if f != method and cohort in c}
+        keys = [k for k in _COLUMNS if any(k in differences for differences in found.values())]
         body = [
             f'<tr><th scope="row">{escape(floor)}</th>'
-            + "".join(_interval_cell(k, cohorts[cohort].get(k)) for k in keys)
+            + "".join(_interval_cell(k, differences.get(k)) for k in keys)
             + "</tr>"
-            for floor, cohorts in evaluation["paired"].items()
-            if floor != method and cohort in cohorts
+            for floor, differences in found.items()
         ]
         if body:
             parts.append(_table(escape(cohort), ["", *(_COLUMNS[k] for k in keys)], body))
@@ -228,7 +246,8 @@ def _paired_tables(evaluation: Mapping[str, Any]) -> str:
         return ""
     notes = (
         "Mean difference on the same tasks, below it the 95 % percentile interval of 10,000 bootstrap resamples of the "
-        "tasks (seed 0). Less is better for errors, more for NDCG. ▲ better, ▼ worse, where the interval excludes 0."
+        "tasks (seed 0). Less is better for errors, more for NDCG, AUC and Recall. "
+        "▲ better, ▼ worse, where the interval excludes 0."
     )
     return "".join([*parts, f'<p class="note">{notes}</p></section>'])
 
@@ -241,9 +260,35 @@ def _interval_cell(metric: str, interval: Sequence[float | None] | None) -> str:
         return f"<td>{signed(difference)}</td>"
     mark, kind = "", ""
     if not low <= 0 <= high:
-        good = (difference < 0) != metric.startswith("ndcg")
+        good = (difference < 0) != metric.startswith(("ndcg", "auc", "recall"))
         mark, kind = (" ▲", " class=better") if good else (" ▼", " class=worse")
     return f"<td{kind}>{signed(difference)}{mark}<small>{signed(low)} … {signed(high)}</small></td>"
+
+
+def _group_tables(evaluation: Mapping[str, Any]) -> str:
+    """How two groups of users fare by each method, and whether they fare alike; nothing without groups."""
+    method, parts = evaluation["method"], []
+    for pair, mine in evaluation.get("groups", {}).items():
+        floors = {f: g[pair] for f, g in evaluation["floor_groups"].items() if f != method}
+        body = [
+            _row(name, name == method, [*map(_show, (*test["mse"], test["t"], test["p"]))])
+            for name, test in {method: mine, **floors}.items()
+        ]
+        a, b = pair.split("-")
+        caption = f"{escape(pair)} <small>{mine['n'][0]:,} and {mine['n'][1]:,} users</small>"
+        parts.append(_table(caption, ["", f"MSE, {escape(a)}", f"MSE, {escape(b)}", "t", "p"], body))
+    if not parts:
+        return ""
+    notes = (
+        "Student’s two-tailed t-test between the two groups’ users, by each user’s mean squared error. A low p: the "
+        "groups fare differently beyond chance."
+    )
+    return "".join(["<section><h2>Groups of users</h2>", *parts, f'<p class="note">{notes}</p></section>'])
+
+
+def _row(name: str, mine: bool, cells: Sequence[str]) -> str:
+    head = f'<tr{" class=mine" if mine else ""}><th scope="row">{escape(name)}</th>'
+    return head + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
 
 def _table(caption: str, heads: Sequence[str], body: Sequence[str]) -> str:
@@ -287,6 +332,17 @@ def _versions() -> list[str]:
     return found
 
 
+def _by_row(evaluation: Mapping[str, Any]) -> bool:
+    """Whether the cohorts besides `all` are of query rows."""
+    return any("n_rows" in summary for summary in evaluation["cohorts"].values())
+
+
+def _counted(summary: Mapping[str, Any]) -> str:
+    if "n_rows" in summary:
+        return f"{summary['n_rows']:,} query rows of {summary['n_tasks']:,} tasks, {summary['n_clips']:,} clips"
+    return f"{summary['n_tasks']:,} tasks, {summary['n_ratings']:,} query ratings"
+
+
 def _cohorts(evaluation: Mapping[str, Any]) -> list[str]:
     """Cohorts to show: `all` only where it is not the same as the one other cohort."""
     names = list(evaluation["cohorts"])
@@ -296,79 +352,3 @@ def _cohorts(evaluation: Mapping[str, Any]) -> list[str]:
 
 def _show(value: Any) -> str:
     return f"{value:.4f}" if finite(value) else "–"
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body><main>
-{body}
-</main></body>
-</html>
-"""
-
-_STYLE = """
-:root { color-scheme: light; --ink: #1d232b; --soft: #5b6572; --line: #e3e6ea; --method: #0072b2;
-  --better: #00704f; --worse: #b34700;
-  --sans: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #fff; color: var(--ink); font: 16px/1.55 var(--sans); -webkit-text-size-adjust: 100%; }
-main { max-width: 1040px; margin: 0 auto; padding: 40px 20px 64px; }
-h1 { font-size: clamp(1.7rem, 5vw, 2.4rem); line-height: 1.15; letter-spacing: -.02em; margin: .1em 0 .45em;
-  overflow-wrap: anywhere; }
-h2 { font-size: 1.12rem; margin: 0 0 .5rem; }
-h3 { font-size: 1rem; margin: 1.6rem 0 .5rem; }
-.kicker { margin: 0; color: var(--soft); font-size: .9rem; overflow-wrap: anywhere; }
-.lead { font-size: clamp(1.05rem, 2.6vw, 1.22rem); max-width: 46em; margin: 0; }
-small { font-size: .78em; color: var(--soft); font-weight: 400; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(128px, 1fr)); margin: 28px 0 36px;
-  border-top: 2px solid var(--ink); border-bottom: 1px solid var(--line); }
-.tiles div { padding: 12px 12px 14px 0; }
-.tiles dt { color: var(--soft); font-size: .85rem; }
-.tiles dd { margin: 0; font-size: 1.5rem; line-height: 1.25; font-weight: 600; font-variant-numeric: tabular-nums; }
-.tiles dd small { display: block; font-size: .78rem; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 40px 48px;
-  align-items: start; }
-figure { margin: 0; break-inside: avoid; }
-figure svg { display: block; width: 100%; height: auto; max-width: 520px; overflow: visible; }
-figure svg text { font-family: var(--sans) !important; }
-figcaption, .note { color: var(--soft); font-size: .88rem; margin: 8px 0 0; max-width: 60em; }
-section { margin-top: 52px; padding-top: 18px; border-top: 1px solid var(--line); }
-.wide { overflow-x: auto; margin: 0 0 22px; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; width: 100%; }
-caption { text-align: left; font-weight: 600; padding: 0 0 6px; }
-th, td { text-align: right; padding: 6px 10px; white-space: nowrap; border-bottom: 1px solid var(--line);
-  vertical-align: top; }
-thead th { color: var(--soft); font-weight: 500; font-size: .82rem; border-bottom: 1px solid #aab2bc; }
-th:first-child { text-align: left; padding-left: 0; font-weight: 500; position: sticky; left: 0; background: #fff; }
-td small { display: block; }
-tr.mine th, tr.mine td { color: var(--method); font-weight: 600; }
-.better { color: var(--better); }
-.worse { color: var(--worse); }
-.provenance dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 20px; margin: 0; font-size: .92rem; }
-.provenance dt { color: var(--soft); }
-.provenance dd { margin: 0; overflow-wrap: anywhere; }
-code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .82rem; }
-pre { background: #f6f7f9; border-radius: 6px; padding: 14px 16px; margin: 0; overflow-x: auto; line-height: 1.5; }
-@media (max-width: 560px) {
-  main { padding: 24px 16px 48px; }
-  .provenance dl { grid-template-columns: 1fr; }
-  .provenance dt { margin-top: 8px; }
-}
-@media print {
-  main { max-width: none; padding: 0; }
-  body { font-size: 11pt; }
-  .wide { overflow: visible; }
-  table { font-size: 8.5pt; }
-  th, td { padding: 3px 6px; }
-  tr, .tiles { break-inside: avoid; }
-  h2, caption { break-after: avoid; }
-  .figures { grid-template-columns: 1fr 1fr; gap: 24px; }
-  pre { white-space: pre-wrap; }
-}
-"""

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from distmeta import draws
 from distmeta.errors import RunError
-from distmeta.evaluation.metrics import METRICS, task_metrics
 
 RESAMPLES = 10_000
 SEED = 0
@@ -24,6 +23,9 @@ have the same variance of the mean as the tasks themselves, and 10,000 resamples
 
 _CELLS = 1 << 22
 """Resampled positions held at a time, which bounds memory to tens of MB."""
+
+Units = Sequence[pl.DataFrame]
+"""Of one cohort (cohorts.Cohort.units): task, then metrics with one number a unit; in an order that all share."""
 
 Interval = list[float | None]
 """[difference, low, high]; None where it is not defined (no pair at all; one pair has no interval)."""
@@ -89,37 +91,46 @@ def intervals(task: NDArray[np.int64], differences: NDArray[np.float64]) -> list
     return result
 
 
-def against(frame: pl.DataFrame, others: Mapping[str, pl.DataFrame]) -> dict[str, dict[str, Interval]]:
-    """Paired differences `frame` − other, for each other: metric -> [difference, low, high].
+def against(mine: Units, others: Mapping[str, Units]) -> dict[str, dict[str, Interval]]:
+    """Paired differences `mine` − other, for each other: metric -> [difference, low, high].
 
-    Frames are per-task frames of the same tasks. Negative is better for errors, positive for NDCG.
+    The units of a frame are paired one by one (tasks, or rows, or clips of rows) and resampled by task: all units
+    of a task are in a resample or none. Negative is better for errors, positive for ranking metrics.
 
     Raises:
-        RunError: an other frame has not the same tasks.
+        RunError: an other method was not measured on the same tasks.
     """
+    found: dict[str, dict[str, Interval]] = {name: {} for name in others}
     if not others:
-        return {}
-    pairs = [_differences(frame, other, name) for name, other in others.items()]
-    found = iter(intervals(pairs[0][0], np.column_stack([d for _, d in pairs])))
-    return {name: {metric: next(found) for metric in METRICS} for name in others}
+        return found
+    for part, left in enumerate(mine):
+        pairs = [_differences(left, other[part], name) for name, other in others.items()]
+        measured = iter(intervals(left["task"].to_numpy(), np.column_stack(pairs)))
+        for name in others:
+            found[name] |= {metric: next(measured) for metric in left.columns[1:]}
+    return found
 
 
-def pooled(pairs: Sequence[tuple[pl.DataFrame, pl.DataFrame]]) -> dict[str, Interval]:
+def pooled(pairs: Sequence[tuple[Units, Units]]) -> dict[str, Interval]:
     """Paired differences a − b over several runs (split seeds) together: metric -> [difference, low, high].
 
     The differences of all runs are concatenated; a task that is tested in several runs is resampled as one.
     """
-    both = [_differences(a, b, "the second frame") for a, b in pairs]
-    found = intervals(np.concatenate([t for t, _ in both]), np.concatenate([d for _, d in both]))
-    return dict(zip(METRICS, found, strict=True))
+    found: dict[str, Interval] = {}
+    for part, first in enumerate(pairs[0][0]):
+        tasks = [a[part]["task"].to_numpy() for a, _ in pairs]
+        apart = [_differences(a[part], b[part], "the second frame") for a, b in pairs]
+        measured = intervals(np.concatenate(tasks), np.concatenate(apart))
+        found |= dict(zip(first.columns[1:], measured, strict=True))
+    return found
 
 
-def _differences(a: pl.DataFrame, b: pl.DataFrame, name: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Task ids [n], sorted, and differences a − b of METRICS [n, m]."""
-    left, right = task_metrics(a).sort("task"), task_metrics(b).sort("task")
-    if not left["task"].equals(right["task"]):
+def _differences(a: pl.DataFrame, b: pl.DataFrame, name: str) -> NDArray[np.float64]:
+    """Differences a − b of each metric, unit by unit: [n, m]."""
+    if not a["task"].equals(b["task"]):
         raise RunError(
-            f"{name}: was evaluated on other tasks ({len(right)} of them, here {len(left)}); "
+            f"{name}: was evaluated on other tasks ({len(b)} numbers, here {len(a)}); "
             "a paired difference needs the same split, evaluate both again"
         )
-    return left["task"].to_numpy(), left.select(METRICS).to_numpy() - right.select(METRICS).to_numpy()
+    names = a.columns[1:]
+    return a.select(names).to_numpy() - b.select(names).to_numpy()

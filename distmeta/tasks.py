@@ -74,6 +74,12 @@ class TaskBlock(_Movable):
     support: Rows
     query: Rows
 
+    def rows(self) -> Rows:
+        """Support and query rows side by side, [b, S + Q]: padding stands after each."""
+        s, q = self.support, self.query
+        sides = ((getattr(s, f.name), getattr(q, f.name)) for f in fields(Rows))
+        return Rows(*(torch.cat(pair, 1) for pair in sides))
+
 
 @dataclass(frozen=True)
 class TaskBatch(_Movable):

@@ -4,6 +4,7 @@ Sums by item are hybrid sparse tensors over the items that a batch touches, so t
 however many items the dataset has; `base.fit_closed_form` adds them up in dense ones.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -65,6 +66,5 @@ def rows(block: TaskBlock) -> Rows:
 
     A 0-dimensional float64 tensor does not promote a float32 one: `label - mean` would lose half the digits.
     """
-    s, q = block.support, block.query
-    label = torch.cat((s.label, q.label), 1).double()
-    return Rows(item=torch.cat((s.item, q.item), 1), label=label, mask=torch.cat((s.mask, q.mask), 1))
+    side = block.rows()
+    return replace(side, label=side.label.double())

@@ -1,6 +1,7 @@
 """Options of every method, apart from the code that needs torch, so that `--help` stays quick."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from distmeta.fields import option
 
@@ -36,13 +37,22 @@ class Als:
 
 
 @dataclass(frozen=True)
-class Gradient:
-    """MAML for recommendation: embeddings, a decision MLP and inner steps on the support."""
+class Network:
+    """Embeddings of the fields and a decision MLP."""
 
     embedding: int = option(32, "Width of a field's embedding.", least=1)
     hidden: tuple[int, ...] = option((64, 64), "Widths of the decision MLP's hidden layers.", least=1)
     wide: bool = option(False, "Add a linear path from the features to the output, adapted like the other layers.")
     item_ids: bool = option(False, "Use the item's id as a feature too; the papers use content alone.")
+    form: str = option(
+        "auto", "Fast weights: auto by cost, dual pairs or private matrices.", ("auto", "dual", "private")
+    )
+
+
+@dataclass(frozen=True)
+class Gradient(Network):
+    """MAML for recommendation: embeddings, a decision MLP and inner steps on the support."""
+
     steps: int = option(5, "Inner gradient steps on the support; MeLU's paper takes 1.", least=0)
     local_lr: float = option(0.1, "Inner step size; where it is learned, what it starts from.", least=0)
     learn_rates: bool = option(True, "Learn the inner step size of each layer.")
@@ -52,9 +62,6 @@ class Gradient:
         ("squared", "absolute"),
     )
     first_order: bool = option(False, "Leave the derivative of the inner gradients out of the meta-gradient.")
-    form: str = option(
-        "auto", "Fast weights: auto by cost, dual pairs or private matrices.", ("auto", "dual", "private")
-    )
 
 
 @dataclass(frozen=True)
@@ -65,3 +72,20 @@ class MeLU(Gradient):
 @dataclass(frozen=True)
 class MetaCS(Gradient):
     """Everything adapts, embedding tables included."""
+
+
+@dataclass(frozen=True)
+class Transfer(Network):
+    """Trained jointly on all rows of all tasks, fine-tuned on a new user's support."""
+
+    steps: int = option(20, "Fine-tuning steps on the support.", least=0)
+    local_lr: float = option(0.03, "Step size of fine-tuning; it is not learned.", least=0)
+    tuned: str = option("all", "What fine-tuning changes: all layers and embeddings, or the decision layers alone.",
+                        ("all", "decision"))  # fmt: skip
+    query_loss: str = option(
+        "squared",
+        "Training loss: squared, as fine-tuning's, or absolute, which is what MAE measures.",
+        ("squared", "absolute"),
+    )
+    learn_rates: ClassVar[bool] = False
+    first_order: ClassVar[bool] = True

@@ -1,0 +1,38 @@
+"""Transfer learning, the baseline of paper 001 (Table 2): one model for everybody, fine-tuned on the support.
+
+"We train the model with all users in training data and fine-tune the trained model in each user support set in the
+test data" (after Tan et al., ICANN 2018). The network is that of the other gradient methods, and fine-tuning is their
+inner loop; the difference is that training does not look ahead to it.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from distmeta.adaptation.fast import FastWeights
+from distmeta.adaptation.maps import Map
+from distmeta.methods.gradient import QUERY_LOSSES, GradientMethod
+from distmeta.tasks import TaskBatch
+
+
+class Transfer(GradientMethod):
+    """Joint training over support and query rows alike; plain gradient steps on a new user's support."""
+
+    name = "transfer"
+
+    def adapted(self) -> list[Map]:
+        if self.options.tuned == "decision":
+            return list(self.decision)
+        return [*self.embedding.users().values(), *self.embedding.items().values(), *self.decision]
+
+    def loss(self, batch: TaskBatch) -> Tensor:
+        """Mean loss [B] over each task's support and query rows at the joint parameters: no inner step."""
+        encoded = self.embedding.encode(batch)
+        error = QUERY_LOSSES[self.options.query_loss]
+        losses = []
+        for block in batch:
+            whole = replace(block, query=block.rows())
+            unmoved = FastWeights({}, lambda *_: False)
+            losses.append(error(self.scores(whole, encoded, unmoved), whole.query))
+        return torch.cat(losses) if losses else self.log_rate.new_zeros(0)

@@ -54,6 +54,20 @@ def _reader(table: TaskTable, split: str, shard: int) -> Callable[[], Iterable[p
     return lambda: table.read(split, [shard])
 
 
+def read(table: TaskTable, parts: Sequence[Part]) -> Dataset:
+    """The parts one after another, read when it is executed.
+
+    The read tasks ask for no CPU: the workers hold them all, and tasks that want one would wait for ever, also those
+    that read again what was lost with a node.
+    """
+    return ray.data.read_datasource(
+        TaskParts(table, parts),
+        override_num_blocks=len(parts),
+        ray_remote_args={"num_cpus": 0},
+        concurrency=max(1, int(ray.cluster_resources().get("CPU", 1))),
+    )
+
+
 def materialise(table: TaskTable) -> dict[str, Any]:
     """All tasks of a table in the object store: split -> Dataset of its shards, one after another, each as stored.
 
@@ -66,7 +80,7 @@ def materialise(table: TaskTable) -> dict[str, Any]:
     context.execution_options.preserve_order = True
     sizes = {split: table.sizes(split) for split in SPLITS if sum(table.sizes(split))}
     parts = [(split, v) for split, rows in sizes.items() for v in range(table.shards) if rows[v]]
-    whole = ray.data.read_datasource(TaskParts(table, parts), override_num_blocks=len(parts)).materialize()
+    whole = read(table, parts).materialize()
     ends = np.cumsum([sum(rows) for rows in sizes.values()])[:-1].tolist()
     return dict(zip(sizes, _cut(whole, ends), strict=True))
 

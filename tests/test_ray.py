@@ -1,0 +1,244 @@
+"""Training on Ray workers: what the same number of workers trains without Ray, whoever is killed meanwhile."""
+
+import hashlib
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import tiny
+from nodes import Nodes, command
+
+from distmeta import cli
+from distmeta.methods import METHODS, method_class
+from distmeta.parallel import cluster as clusters
+from distmeta.parallel import trainer
+from distmeta.storage import Location
+
+FLAGS = [
+    "--batch-size",
+    "16",
+    "--threads",
+    "1",
+    "--patience",
+    "0",
+    "--checkpoint-steps",
+    "4",
+    "--exchange-timeout",
+    "60",
+]
+LONG = {
+    "melu": ["--epochs", "40"],
+    "metacs": ["--epochs", "20"],
+    "transfer": ["--epochs", "40"],
+    "als": ["--passes", "400"],
+    "bias": ["--passes", "400"],
+}
+"""What makes training on the small dataset last for seconds, so that there is something to kill."""
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    """Two nodes of one CPU: every pair of workers is on two of them."""
+    made = Nodes()
+    yield made
+    made.close()
+
+
+@pytest.fixture(autouse=True)
+def _two_nodes(nodes: Nodes) -> None:
+    nodes.fill()
+
+
+def argv(run: Path, place: Location, method: str, *flags: str) -> list[str]:
+    return ["train", method, "--data", str(place), "--run", str(run), "--workers", "2", *FLAGS, *flags]
+
+
+def final(run: Path) -> dict[str, str]:
+    """sha256 of the tensors of the last checkpoint."""
+    last = max((run / "checkpoints").iterdir())
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(last.glob("*.safetensors"))} | {
+        "step": last.name
+    }
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    file = run / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def undisturbed(run: Path, small: Location, method: str, *flags: str) -> dict[str, str]:
+    """What two workers that are threads of this process come to, without Ray."""
+    config = cli_config(argv(run, small, method, *flags))
+    _, dataset, table = tiny.setting(small, method)
+    where = Location.of(run).make_dir()
+    for done in tiny.together(
+        2, lambda exchange: trainer.train(config, where, dataset, small, table, exchange, lambda _: None)
+    ):
+        done.result()
+    return final(run)
+
+
+def cli_config(words: list[str]) -> Any:
+    from distmeta.commands import train
+
+    return train.parse(words[1:])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_worker(tmp_path, small, nodes, capfd, method):
+    """Invariants 2 and 4: a worker is killed mid-run, and the run ends in the bits of one that nothing happened to."""
+    flags = LONG.get(method, [])
+    with command(*argv(tmp_path / "run", small, method, *flags)) as run:
+        if method_class(method).sweeps:
+            run.wait(nodes.workers)
+        else:
+            run.wait(lambda: len(lines(tmp_path / "run")) > 3)
+        os.kill(nodes.workers()[hash(method) % 2 - 1], signal.SIGKILL)
+    assert run.status == 0
+    assert final(tmp_path / "run") == undisturbed(tmp_path / "plain", small, method, *flags)
+    assert [r["epoch"] for r in lines(tmp_path / "run")] == [r["epoch"] for r in lines(tmp_path / "plain")]
+    if not method_class(method).sweeps:
+        assert " died" in capfd.readouterr().out
+
+
+def test_killed_node(tmp_path, small, nodes, capfd):
+    """The workers wait for a node in the place of the lost one, and read what was lost with it again."""
+    with command(*argv(tmp_path / "run", small, "melu", *LONG["melu"])) as run:
+        run.wait(lambda: len(lines(tmp_path / "run")) > 3)
+        nodes.kill_node()
+        nodes.fill()
+    assert run.status == 0
+    assert final(tmp_path / "run") == undisturbed(tmp_path / "plain", small, "melu", *LONG["melu"])
+    assert "going on from step" in capfd.readouterr().out
+
+
+def test_elastic_goes_on_with_what_is_left(tmp_path, small, nodes):
+    """A node is lost and not replaced: one worker ends what two began. Exactness of that: test_trainer."""
+    words = argv(tmp_path / "run", small, "melu", *LONG["melu"])
+    words[words.index("--workers") + 1] = "1:2"
+    with command(*words) as run:
+        run.wait(lambda: len(lines(tmp_path / "run")) > 3)
+        nodes.kill_node()
+    assert run.status == 0
+    assert [lines(tmp_path / "run")[i]["world"] for i in (0, -1)] == [2, 1]
+    undisturbed(tmp_path / "plain", small, "melu", *LONG["melu"])
+    last, plain = lines(tmp_path / "run")[-1], lines(tmp_path / "plain")[-1]
+    assert last["step"] == plain["step"]
+    assert last["train_loss"] == pytest.approx(plain["train_loss"], rel=0.02)
+
+
+def test_hung_worker_is_named(tmp_path, small, nodes, capfd):
+    """A worker that stands still is named and replaced."""
+    words = argv(tmp_path / "run", small, "melu", *LONG["melu"])
+    words[words.index("--exchange-timeout") + 1] = "4"
+    with command(*words) as run:
+        run.wait(lambda: len(lines(tmp_path / "run")) > 3)
+        hung = nodes.workers()[0]
+        os.kill(hung, signal.SIGSTOP)
+    assert run.status == 0
+    assert final(tmp_path / "run") == undisturbed(tmp_path / "plain", small, "melu", *LONG["melu"])
+    assert f"(process {hung} on " in capfd.readouterr().out
+
+
+def test_workers_evaluate_what_one_process_evaluates(tmp_path, small, nodes):
+    for name, workers in (("two", "2"), ("none", "0")):
+        words = argv(tmp_path / name, small, "melu", "--epochs", "2")
+        words[words.index("--workers") + 1] = workers
+        assert cli.main(words) == 0
+    two, none = (json.loads((tmp_path / n / "evaluation.json").read_text()) for n in ("two", "none"))
+    assert two["floors"] == none["floors"]
+    assert two["cohorts"]["all"] == pytest.approx(none["cohorts"]["all"], rel=1e-4)
+
+
+def test_every_rank_gets_its_shards_as_stored(small, nodes):
+    """For 1, 2, 3 and 16 workers, from the object store, as TaskTable.read gives them."""
+    from distmeta.parallel import delivery
+
+    _, _, table = tiny.setting(small, "melu")
+    datasets = delivery.materialise(table)
+    config = delivery.ShardConfig({split: table.sizes(split) for split in datasets})
+    for split, dataset in datasets.items():
+        for world in (1, 2, 3, 16):
+            for rank, given in enumerate(config.configure({split: dataset}, world)):
+                mine = [v for v in range(table.shards) if v % world == rank and table.sizes(split)[v]]
+                if not mine:
+                    assert given[split] is None
+                    continue
+                blocks = list(given[split].iter_batches(batch_size=None, batch_format="pyarrow"))
+                assert pa.concat_tables(blocks).equals(pa.concat_tables(table.read(split, mine)))
+
+
+# ---- what cannot be
+
+
+def refused(capfd: Any, words: list[str], status: int = 2) -> str:
+    """The one sentence with which a command ends."""
+    capfd.readouterr()
+    assert cli.main(words) == status
+    (sentence,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    return sentence
+
+
+def test_more_workers_than_shards_or_cpus(tmp_path, small, nodes, capfd, monkeypatch):
+    monkeypatch.setattr(clusters, "WAIT_S", 1)
+    words = argv(tmp_path / "run", small, "melu")
+    for workers, said in (("17", "has 16 shards"), ("3", "3 workers need 3 CPUs, the cluster has 2 after 1 s")):
+        words[words.index("--workers") + 1] = workers
+        assert said in refused(capfd, words)
+
+
+def test_damaged_shard(tmp_path, small, nodes, capfd):
+    """Found by a read task on some node, said here."""
+    place = tmp_path / "data"
+    assert cli.main(["prepare", "synthetic", "--users", "60", "--items", "40", "--out", str(place)]) == 0
+    assert cli.main(["prepare", "tasks", "--data", str(place)]) == 0
+    part = next(place.glob("tasks/*/train/part-00003.parquet"))
+    part.write_bytes(part.read_bytes()[:-100])
+    said = refused(capfd, argv(tmp_path / "run", Location.of(place), "melu"))
+    assert str(part) in said
+    part.unlink()
+    assert str(part) in refused(capfd, argv(tmp_path / "run", Location.of(place), "melu"))
+
+
+def test_dataset_that_workers_do_not_see(tmp_path, small, nodes, capfd):
+    """The driver has read the dataset; by the time workers look for it, it is not there."""
+    place = tmp_path / "data"
+    assert cli.main(["prepare", "synthetic", "--users", "60", "--items", "40", "--out", str(place)]) == 0
+    with command(*argv(tmp_path / "run", Location.of(place), "melu", "--epochs", "3")) as run:
+        run.wait(nodes.workers)
+        (place / "dataset.json").rename(tmp_path / "dataset.json")
+    assert run.status == 2
+    assert "does not see this dataset; put it on storage that all nodes share" in capfd.readouterr().err
+
+
+def test_diverged_run_is_not_tried_again(tmp_path, small, nodes, capfd):
+    said = refused(capfd, argv(tmp_path / "run", small, "melu", "--lr", "1e30", "--clip", "0", "--epochs", "5"), 1)
+    assert "is not finite" in said
+    assert not [t for t in threading.enumerate() if t.name == "distmeta-watch"]
+
+
+def test_two_drivers(tmp_path, small, nodes, capfd):
+    with command(*argv(tmp_path / "run", small, "melu", *LONG["melu"])) as run:
+        run.wait(lambda: lines(tmp_path / "run"))
+        said = refused(capfd, [*argv(tmp_path / "run", small, "melu", *LONG["melu"]), "--resume"])
+    assert run.status == 0
+    assert f"is being trained by process {os.getpid()}" in said
+
+
+def test_no_cluster_at_the_address(tmp_path, small, capfd):
+    """In a process of its own: this one is connected."""
+    import subprocess
+    import sys
+
+    words = [sys.executable, "-m", "jobs.train", *argv(tmp_path / "run", small, "melu")[1:]]
+    env = {**os.environ, "RAY_ADDRESS": "127.0.0.1:9"}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "RAY_ADDRESS=127.0.0.1:9: no Ray cluster answers there" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -201,6 +201,8 @@ def _tasks(argv: Sequence[str]) -> int:
     for split, counts in made.counts.items():
         cohorts = ", ".join(f"{name} {c['tasks']:,}" for name, c in made.cohorts.get(split, {}).items())
         print(f"{split:<9}{counts['tasks']:,} tasks, {counts['rows']:,} rows" + (f" ({cohorts})" if cohorts else ""))
+    for what, note in made.notes.items():
+        print(f"note     {what}: {note}")
     print(f"split    {made.split_hash}")
     print(f"tasks    {made.location} ({time.perf_counter() - start:.1f} s)")
     return 0

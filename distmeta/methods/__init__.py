@@ -36,8 +36,11 @@ METHODS: dict[str, Entry] = {
     "als": Entry("als", "Als", options.Als),
 }
 
-FLOORS = {"rating": ("constant", "itemmean", "bias", "als")}
-"""What every report is compared with, by the dataset's label kind."""
+FLOORS = {"rating": ("constant", "itemmean", "bias", "als"), "click": ("constant", "itemmean")}
+"""What every report is compared with, by the dataset's label kind.
+
+For clicks, methods and floors fit 0 and 1 by squared error; a count of clicks and implicit factors are to join.
+"""
 
 
 def entry(name: str) -> Entry:

@@ -93,11 +93,10 @@ def _major(source: Source, active: NDArray[np.bool_], over: int) -> tuple[NDArra
     """Mask [users] of major users, and the share of users with a major value, by field."""
     fields = [f for f in source.manifest.user_fields if f.type != "multi_categorical"]
     if len(fields) <= over:
+        mend = "set --major-over below that" if fields else "prepare the dataset with user fields"
         raise UserError(
-            f"{source.where}: protocol paml calls a user major by more than {over} fields with a frequent value, and "
-            f"the users have {len(fields)} fields with one value each; "
-            + ("set --major-over lower" if fields else "prepare the dataset with user fields, or choose another")
-            + (f" than {len(fields)}" if fields else " protocol")
+            f"{source.where}: protocol paml calls a user major by more than {over} single-valued fields with a frequent"
+            f" value, and the users have {len(fields)}; {mend}, or choose another protocol"
         )
     frequent = []
     for f in fields:

@@ -128,7 +128,7 @@ class MetaUpdate:
         self.tail = self.flat[-tail:]
         self.shared = self.flat[: sum(sizes)]
         stacks = self.flat[sum(sizes) : -tail].split([method.groups * w for w in widths])
-        self.stacks = [part.view(method.groups, -1) for part in stacks]
+        self.stacks = [part.view(method.groups, w) for part, w in zip(stacks, widths, strict=True)]
         """[groups, width] of each grouped parameter: row k holds the gradient of slice k."""
         for p, part in zip((*shared.values(), *stacked.values()), (*self.shared.split(sizes), *stacks), strict=True):
             p.grad = part.view_as(p)

@@ -63,7 +63,7 @@ def read(table: TaskTable, parts: Sequence[Part]) -> Dataset:
     return ray.data.read_datasource(
         TaskParts(table, parts),
         override_num_blocks=len(parts),
-        ray_remote_args={"num_cpus": 0},
+        num_cpus=0,
         concurrency=max(1, int(ray.cluster_resources().get("CPU", 1))),
     )
 

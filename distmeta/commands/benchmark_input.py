@@ -15,7 +15,7 @@ from distmeta.data.schema import Dataset, Field, Label
 from distmeta.errors import UserError
 from distmeta.storage import Location
 
-ITEMS, SHARDS, QUERY_ROWS = 20_000, 16, 10
+ITEMS, SHARDS, QUERY_ROWS, POOLS = 20_000, 16, 10, 4
 _FIELDS = (Field("gender", "categorical", 3), Field("age", "categorical", 8), Field("zip", "categorical", 3_000))
 
 
@@ -45,9 +45,11 @@ def run(users: int, per_user: int, batch_size: int, epochs: int) -> list[dict[st
 
     collate: batches made when asked, nothing else running. prefetch: the same through the prefetching thread.
     parquet: reading the task table's parts into the loader's arrays (Arrow decodes with its own threads).
+    streamed: an epoch of the table in at least POOLS pools, read and collated by threads; its wall time.
     """
     import torch
 
+    from distmeta.data import pools
     from distmeta.data.loader import Loader
 
     threads = torch.get_num_threads()
@@ -55,7 +57,9 @@ def run(users: int, per_user: int, batch_size: int, epochs: int) -> list[dict[st
     try:
         with tempfile.TemporaryDirectory() as folder:
             table, dataset = _synthetic(Location.of(folder), users, per_user)
-            seconds: dict[str, list[float]] = {"collate": [], "prefetch": [], "parquet": []}
+            seconds: dict[str, list[float]] = {"collate": [], "prefetch": [], "parquet": [], "streamed": []}
+            largest = max(pools.estimate(n, rows, dataset) for shard in table.groups("train") for n, rows in shard)
+            memory = max(pools.estimate(users, users * per_user, dataset) // 2, 2 * SHARDS * largest)
             for epoch in range(epochs + 1):
                 for variant, taken in seconds.items():
                     began = time.perf_counter()
@@ -63,7 +67,10 @@ def run(users: int, per_user: int, batch_size: int, epochs: int) -> list[dict[st
                         made = Loader(table, dataset, "train", batch_size)
                         count = made.n_tasks
                     else:
-                        loader = Loader(table, dataset, "train", batch_size, prefetch=2 * (variant == "prefetch"))
+                        budget = memory if variant == "streamed" else None
+                        ahead = 0 if variant == "collate" else 2
+                        loader = Loader(table, dataset, "train", batch_size, prefetch=ahead, memory=budget)
+                        assert bool(loader.note) == (variant == "streamed")
                         began = time.perf_counter()
                         count = sum(len(batch) for batch in loader.epoch(epoch))
                     taken.append(time.perf_counter() - began)
@@ -89,7 +96,8 @@ def _synthetic(where: Location, users: int, per_user: int) -> tuple[Any, Dataset
     """A task table of `users` training users with `per_user` rows each, and the dataset it would belong to."""
     from distmeta import draws
     from distmeta.data.protocols import DRAWN
-    from distmeta.data.taskmaker import task_schema
+    from distmeta.data.tables import PARQUET
+    from distmeta.data.taskmaker import GROUP_ROWS, GROUP_TASKS, task_schema
     from distmeta.data.tasktable import TaskTable
 
     dataset = Dataset("benchmark", Label("rating", 1.0, 5.0), _FIELDS, (), users, ITEMS, users * per_user)
@@ -114,7 +122,8 @@ def _synthetic(where: Location, users: int, per_user: int) -> tuple[Any, Dataset
             kind = schema.field(name).type
             columns[name] = pa.ListArray.from_arrays(offsets, pa.array(values).cast(kind.value_type)).cast(kind)
         path = f"part-{s:05d}.parquet"
-        pq.write_table(pa.table(columns, schema=schema), (where / path).path, compression="zstd")
+        tasks = max(min(GROUP_TASKS, GROUP_ROWS // per_user, -(-len(mine) // POOLS)), 1)
+        pq.write_table(pa.table(columns, schema=schema), (where / path).path, row_group_size=tasks, **PARQUET)
         files.append({"split": "train", "shard": s, "path": path, "rows": len(mine), "bytes": 0})
     origin = {"user_fields": [{"name": f.name} for f in _FIELDS]}
     counts = {"train": {"tasks": users, "rows": users * per_user}}

@@ -4,6 +4,7 @@ No Python loop over rows or tasks: a batch is a few dozen numpy calls whatever i
 bounds training. Rows live in a flat domain (one position a row) until they are scattered into padded blocks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from distmeta import draws
-from distmeta.data.encode import Encoded, encode_all, ragged
+from distmeta.data.encode import Encoded, encode_all, joined, ragged
 from distmeta.data.protocols import DRAWN, QUERY
 from distmeta.data.schema import Dataset
 from distmeta.errors import UserError
@@ -84,8 +85,7 @@ class Tasks:
         if len(item) and not 0 <= int(item.min()) <= int(item.max()) < dataset.items:
             raise UserError(f"{where}: an item is not among the dataset's {dataset.items:,}; {again}")
         offsets = np.r_[0, np.cumsum(count)].astype(np.int64)
-        many = [np.r_[0, np.cumsum(role == code)][offsets] for code in (QUERY, DRAWN)]
-        stored, open_rows = np.diff(many[0]), np.diff(many[1])
+        stored, open_rows = (_count(role == code, offsets) for code in (QUERY, DRAWN))
         drawn = open_rows > 0
         mixed = (open_rows != 0) & (open_rows != count)
         if mixed.any() or (len(role) and not 0 <= role.min() <= role.max() <= DRAWN):
@@ -93,18 +93,64 @@ class Tasks:
         fields = encode_all(dataset.user_fields, table, where)
         return cls(table["task"].to_numpy(), offsets, item, label, role, stored, drawn, fields)
 
+    def take(self, chosen: Ints) -> "Tasks":
+        """Copies of the tasks at positions `chosen`, in that order."""
+        count = np.diff(self.offsets)[chosen]
+        rows = spans(self.offsets[chosen], count)
+        return Tasks(
+            task=self.task[chosen],
+            offsets=np.r_[0, np.cumsum(count)],
+            item=self.item[rows],
+            label=self.label[rows],
+            role=self.role[rows],
+            stored_query=self.stored_query[chosen],
+            drawn=self.drawn[chosen],
+            user={n: (i[chosen], None if w is None else w[chosen]) for n, (i, w) in self.user.items()},
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence["Tasks"]) -> "Tasks":
+        """The tasks of all parts, one after the other."""
+        count = np.concatenate([np.diff(p.offsets) for p in parts])
+        return cls(
+            task=np.concatenate([p.task for p in parts]),
+            offsets=np.r_[0, np.cumsum(count)],
+            item=np.concatenate([p.item for p in parts]),
+            label=np.concatenate([p.label for p in parts]),
+            role=np.concatenate([p.role for p in parts]),
+            stored_query=np.concatenate([p.stored_query for p in parts]),
+            drawn=np.concatenate([p.drawn for p in parts]),
+            user={name: joined([p.user[name] for p in parts]) for name in parts[0].user},
+        )
+
+
+def spans(start: Ints, count: Ints) -> Ints:
+    """start[0], start[0] + 1, …: `count[i]` numbers from start[i] on, for each i in turn."""
+    return np.arange(int(count.sum())) + np.repeat(start - (np.cumsum(count) - count), count)
+
+
+def _count(flags: NDArray[np.bool_], offsets: Ints) -> Ints:
+    """[T]: how many of each task's rows are flagged."""
+    many = np.zeros(len(offsets) - 1, np.int64)
+    filled = np.flatnonzero(np.diff(offsets))
+    if len(filled):
+        many[filled] = np.add.reduceat(flags, offsets[filled], dtype=np.int32)  # casts all flags first
+    return many
+
 
 class Collator:
     """Makes TaskBatches of `tasks`. Holds scratch memory: one thread at a time."""
 
-    def __init__(self, tasks: Tasks, items: int, query_rows: int, episode_rows: int, seed: int, redraw: bool) -> None:
+    def __init__(self, tasks: Tasks, items: int, query_rows: float, episode_rows: int, seed: int, redraw: bool) -> None:
         self.tasks, self.seed, self.redraw = tasks, seed, redraw
-        self.query_rows, self.episode_rows = query_rows, episode_rows
+        self.episode_rows = episode_rows
         self._rows = np.diff(tasks.offsets)
         bounded = np.minimum(self._rows, episode_rows) if episode_rows else self._rows
         self._count = np.where(tasks.drawn, bounded, self._rows)
         """[T]: rows of each task's episode."""
-        self._query_count = np.where(tasks.drawn, np.minimum(query_rows, self._count // 2), tasks.stored_query)
+        share = query_rows < 1
+        most = np.maximum(1, np.rint(query_rows * self._count)) if share else np.minimum(query_rows, self._count // 2)
+        self._query_count = np.where(tasks.drawn, most, tasks.stored_query).astype(np.int64)
         """[T]: query rows of it."""
         self._last = np.empty(items, np.int32)
 
@@ -144,7 +190,7 @@ class Collator:
         if spare.any():
             u = draws.uniform(self.seed, epoch if self.redraw else 0, self.tasks.task[chosen], purpose="episode")
             start = start + (u * (spare + 1)).astype(np.int64)
-        return np.arange(int(count.sum())) + np.repeat(start - (np.cumsum(count) - count), count)
+        return spans(start, count)
 
     def _query(self, chosen: Ints, count: Ints, before: Ints, source: Ints, epoch: int) -> NDArray[np.bool_]:
         """Which rows (flat) are query rows: as stored, or where drawn those with the task's lowest keys."""
@@ -160,9 +206,9 @@ class Collator:
         )
         keys[row >= n[:, None]] = np.iinfo(np.uint64).max
         # The hash is a bijection of the row, so a task's keys are distinct and the threshold takes exactly k.
-        few = min(self.query_rows, width)
-        lowest = np.sort(np.partition(keys, few - 1, axis=1)[:, :few], axis=1)
         k = self._query_count[chosen[which]]
+        few = max(1, int(k.max()))
+        lowest = np.sort(np.partition(keys, few - 1, axis=1)[:, :few], axis=1)
         threshold = lowest[np.arange(len(which)), np.maximum(k, 1) - 1]
         taken = (keys <= threshold[:, None]) & (k > 0)[:, None]
         real = row < n[:, None]

@@ -62,6 +62,14 @@ def _check(field: Field, index: NDArray[np.int32], where: object) -> None:
         )
 
 
+def joined(parts: Sequence[Encoded]) -> Encoded:
+    """One field's columns of several tables, one after the other; the narrower are padded."""
+    width = max(index.shape[1] for index, _ in parts)
+    index = np.concatenate([np.pad(i, ((0, 0), (0, width - i.shape[1]))) for i, _ in parts])
+    weights = [np.pad(w, ((0, 0), (0, width - w.shape[1]))) for _, w in parts if w is not None]
+    return index, np.concatenate(weights) if weights else None
+
+
 def bag(encoded: Encoded) -> Bag:
     """Encoded columns as tensors: int64 index, float32 weight."""
     index, weight = encoded

@@ -1,9 +1,9 @@
 """Task table -> TaskBatches: which tasks stand in which batch (design §5b), collated ahead of their use."""
 
-import queue
-import threading
+import contextlib
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -11,14 +11,21 @@ import polars as pl
 import pyarrow as pa
 
 from distmeta import draws
-from distmeta.data.collate import Collator, Ints, Tasks
+from distmeta.data import pools
+from distmeta.data.collate import Collator, Tasks
 from distmeta.data.encode import read_items
+from distmeta.data.pools import Pool
+from distmeta.data.prefetch import ahead
 from distmeta.data.schema import Dataset
+from distmeta.data.tables import to_polars
 from distmeta.data.taskmaker import task_schema
 from distmeta.errors import UserError
 from distmeta.tasks import TaskBatch
 
 __all__ = ["Loader", "TaskSource", "read_items"]
+
+COLUMNS = ("task", "item", "label", "role")
+"""What is read of a task table besides the users' fields."""
 
 
 class TaskSource(Protocol):
@@ -28,13 +35,18 @@ class TaskSource(Protocol):
     def shards(self) -> int: ...
 
     @property
-    def query_rows(self) -> int: ...
+    def query_rows(self) -> float: ...
 
     @property
     def episode_rows(self) -> int: ...
 
     @property
     def location(self) -> object: ...
+
+    @property
+    def counts(self) -> Mapping[str, Mapping[str, int]]:
+        """Split -> {"tasks", "rows"}."""
+        ...
 
     def sizes(self, split: str) -> list[int]:
         """Number of tasks in each of all shards."""
@@ -46,6 +58,19 @@ class TaskSource(Protocol):
         """One table a listed shard that has tasks, in that order."""
         ...
 
+    def groups(self, split: str) -> list[list[tuple[int, int]]]:
+        """(tasks, rows) of each row group of each of all shards, in stored order; no task is read."""
+        ...
+
+    def stream(
+        self, split: str, wanted: Iterable[tuple[int, Sequence[int]]], columns: Sequence[str] | None = None
+    ) -> Iterator[pa.Table]:
+        """One table for each (shard, row groups): these groups' tasks, in the order of the groups listed.
+
+        Lazy: what comes after a table is not read before it is asked for.
+        """
+        ...
+
 
 class Loader:
     """TaskBatches of one split, for one of `world` workers.
@@ -53,14 +78,18 @@ class Loader:
     Epoch order: each shard is permuted by (seed, epoch), then the shards are dealt round-robin; batch b is
     positions [b·batch_size, (b+1)·batch_size). Worker r owns the shards v ≡ r (mod world) and gets its tasks
     of each batch, possibly none: so a batch, all workers taken together, does not depend on their number.
-    The shards are read once and kept as flat arrays.
+    A split within `memory` is read once and kept as flat arrays. A larger one is streamed in every epoch, pool
+    by pool (data/pools.py): each pool is ordered as above, the next one is read while one is used, and a batch
+    may take the last tasks of one pool and the first of the next.
 
     Args:
         redraw: draw the episodes of tasks without a fixed query anew each epoch; else always as in epoch 0.
-        prefetch: batches collated ahead in a thread; 0 collates when asked.
+        prefetch: batches collated ahead in a thread; 0 reads and collates when asked.
+        memory: bytes that the tasks may take in one worker while they are read and used; None: no bound.
 
     Raises:
-        UserError: a part is missing or damaged, or there are more workers than shards.
+        UserError: a part is missing or damaged, there are more workers than shards, or `memory` is too small.
+            Streaming raises it from the iterators too.
     """
 
     def __init__(
@@ -75,116 +104,120 @@ class Loader:
         world: int = 1,
         redraw: bool = True,
         prefetch: int = 2,
+        memory: int | None = None,
     ) -> None:
         if world > table.shards:
             raise UserError(f"{table.location}: {world} workers for {table.shards} shards; use fewer workers")
-        self.batch_size, self.seed, self.prefetch = batch_size, seed, prefetch
+        self.table, self.dataset, self.split = table, dataset, split
+        self.batch_size, self.seed, self.redraw, self.prefetch = batch_size, seed, redraw, prefetch
         self.wait_seconds = 0.0
         """Time that the consumer has waited for batches, over all iterators."""
-        sizes = np.array(table.sizes(split), np.int64)
-        self.n_tasks = int(sizes.sum())
+        sizes = table.sizes(split)
+        self.n_tasks = sum(sizes)
         """Tasks of all workers."""
         self.steps = -(-self.n_tasks // batch_size)
-        """Batches of an epoch, the same number for every worker."""
-        mine = [v for v in range(table.shards) if v % world == rank and sizes[v]]
-        self._shard = np.repeat(np.array(mine, np.int64), sizes[mine])
-        self._place = _places(sizes)[:, mine]
-        self._sizes = sizes[mine]
-        tables = table.read(split, mine)
-        self._cohort = pl.concat([pl.Series([], dtype=pl.String), *(pl.Series(t["cohort"]) for t in tables)])
-        self._tasks = _tasks(tables, dataset, table)
-        self._make = lambda most: Collator(self._tasks, dataset.items, table.query_rows, most, seed, redraw)
-        self._episode_rows = table.episode_rows
+        """Batches of an epoch, the same number for every worker and epoch."""
+        self._shards = [v for v in range(table.shards) if v % world == rank and sizes[v]]
+        self._columns = [*COLUMNS, *(f.name for f in dataset.user_fields)]
+        count = table.counts.get(split, {"tasks": 0, "rows": 0})
+        if memory is None or pools.estimate(count["tasks"], count["rows"], dataset) <= memory:
+            self._plan = pools.whole(sizes)
+            self._kept = self._tasks(table.read(split, self._shards, self._columns), self._plan.pools()[0])
+        else:
+            self._plan = pools.plan(split, table.groups(split), dataset, memory, table.location)
+            self._kept = None
+
+    @property
+    def note(self) -> str:
+        """What there is to say of a split that is streamed; else nothing."""
+        return self._plan.note
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[TaskBatch]:
         """The batches of training epoch `epoch` from batch `start` on. Close the iterator to end it early."""
-        keys = draws.hashed(self.seed, epoch, self._tasks.task, purpose="order")
-        return self._batches(np.lexsort((keys, self._shard)), epoch, start, self._episode_rows)
+        return self._waited(self._batches(epoch, start, self.table.episode_rows))
 
     def evaluation(self) -> Iterator[TaskBatch]:
         """Every task once with all its rows, in stored order and roles; a drawn query is that of epoch 0."""
-        return self._batches(np.arange(len(self._tasks)), 0, 0, 0)
+        return self._waited(self._batches(None, 0, 0))
 
     def tasks(self) -> pl.DataFrame:
         """This worker's tasks: columns task, cohort."""
-        return pl.DataFrame({"task": self._tasks.task, "cohort": self._cohort})
+        tables = self.table.read(self.split, self._shards, ["task", "cohort"])
+        whole = pa.concat_tables(tables) if tables else _schema(self.dataset, ["task", "cohort"]).empty_table()
+        return to_polars(whole)
 
-    def _batches(self, order: Ints, epoch: int, start: int, episode_rows: int) -> Iterator[TaskBatch]:
-        """Batches of `order`, this worker's tasks shard by shard."""
-        places = [self._place[:n, j] for j, n in enumerate(self._sizes.tolist())]
-        place = np.concatenate([np.zeros(0, np.int64), *places])
-        dealt = np.argsort(place)
-        cuts = np.searchsorted(place[dealt], np.arange(self.steps + 1) * self.batch_size)
-        collator = self._make(episode_rows)
-        chosen = order[dealt]
-
-        def make(step: int) -> TaskBatch:
-            return collator.batch(chosen[cuts[step] : cuts[step + 1]], epoch)
-
-        return self._ahead(make, range(start, self.steps))
-
-    def _ahead(self, make: Callable[[int], TaskBatch], steps: range) -> Iterator[TaskBatch]:
-        """make(step) of each step, collated by a thread that stays `prefetch` batches ahead."""
-        if not self.prefetch:
-            for step in steps:
+    def _waited(self, batches: Generator[TaskBatch]) -> Iterator[TaskBatch]:
+        """The batches, `prefetch` of them made ahead, with the time that is waited for them counted."""
+        # one that is ready waits for room beside the others
+        with contextlib.closing(ahead(batches, self.prefetch + 1) if self.prefetch else batches) as ready:
+            while True:
                 began = time.perf_counter()
-                batch = make(step)
+                batch = next(ready, None)
                 self.wait_seconds += time.perf_counter() - began
-                yield batch
-            return
-        worker = _Prefetch(make, steps, self.prefetch)
-        try:
-            for _ in steps:
-                began = time.perf_counter()
-                batch = worker.next()
-                self.wait_seconds += time.perf_counter() - began
-                yield batch
-        finally:
-            worker.stop()
-
-
-class _Prefetch:
-    """A daemon thread that makes values ahead of their use; what it raises is raised by `next`."""
-
-    def __init__(self, make: Callable[[int], TaskBatch], steps: range, ahead: int) -> None:
-        self._make, self._steps = make, steps
-        self._ready: queue.Queue[TaskBatch | BaseException] = queue.Queue(ahead)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="distmeta-prefetch", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            for step in self._steps:
-                if self._stopped.is_set():
+                if batch is None:
                     return
-                self._ready.put(self._make(step))
-        except BaseException as e:  # handed to the consumer, whose loop it must end
-            self._ready.put(e)
+                yield batch
 
-    def next(self) -> TaskBatch:
-        """The next value; raises what making it raised."""
-        value = self._ready.get()
-        if isinstance(value, BaseException):
-            raise value
-        return value
+    def _batches(self, epoch: int | None, start: int, episode_rows: int) -> Generator[TaskBatch]:
+        """Batches from `start` on of an epoch, or of an evaluation (None)."""
+        order = self._plan.pools(self.seed, epoch)
+        order = [pool for pool in order if pool.end > start * self.batch_size]
+        rest: list[Tasks] = []
+        with contextlib.closing(self._loaded(order)) as loaded:
+            for pool, tasks in zip(order, loaded, strict=True):
+                yield from self._of_pool(pool, tasks, rest, epoch, start, episode_rows)
 
-    def stop(self) -> None:
-        """End the thread, whatever it is at, and wait for it."""
-        self._stopped.set()
-        while self._thread.is_alive():
-            try:  # a put that waits for room must go through before the thread can see that it is stopped
-                self._ready.get_nowait()
-            except queue.Empty:
-                self._thread.join(0.005)
+    def _of_pool(
+        self, pool: Pool, tasks: Tasks, rest: list[Tasks], epoch: int | None, start: int, episode_rows: int
+    ) -> Generator[TaskBatch]:
+        """The batches that end in this pool. `rest`: of the batch under way, what each pool so far gave."""
+        size, positions = self.batch_size, pool.positions(self._shards)
+        chosen = np.arange(len(tasks))
+        if epoch is not None:
+            shard = np.repeat(self._shards, pool.sizes[self._shards])
+            chosen = np.lexsort((draws.hashed(self.seed, epoch, tasks.task, purpose="order"), shard))
+        dealt = np.argsort(positions)
+        chosen, positions = chosen[dealt], positions[dealt]
+        steps = range(max(start, pool.start // size), -(-pool.end // size))
+        cuts = np.searchsorted(positions, np.arange(steps.start, steps.stop + 1) * size)
+        collator = self._collator(tasks, episode_rows)
+        for step, a, b in zip(steps, cuts[:-1], cuts[1:], strict=True):
+            ends = min((step + 1) * size, self.n_tasks) <= pool.end
+            if ends and step * size >= pool.start:
+                yield collator.batch(chosen[a:b], epoch or 0)
+                continue
+            rest.append(tasks.take(chosen[a:b]))
+            if ends:
+                joined = Tasks.join(rest)
+                rest.clear()
+                yield self._collator(joined, episode_rows).batch(np.arange(len(joined)), epoch or 0)
+
+    def _loaded(self, order: Sequence[Pool]) -> Generator[Tasks]:
+        """This worker's tasks of each pool; one pool is read ahead."""
+        if self._kept is not None:
+            return (tasks for tasks in [self._kept] * len(order))
+        read = self._read(order)
+        return ahead(read, 1) if self.prefetch else read
+
+    def _read(self, order: Sequence[Pool]) -> Generator[Tasks]:
+        wanted = ((v, pool.groups[v]) for pool in order for v in self._shards if pool.groups[v])
+        tables = self.table.stream(self.split, wanted, self._columns)
+        for pool in order:
+            count = sum(bool(pool.groups[v]) for v in self._shards)
+            yield self._tasks(list(itertools.islice(tables, count)), pool)
+
+    def _tasks(self, tables: list[pa.Table], pool: Pool) -> Tasks:
+        """The tables of a pool's shards as flat arrays."""
+        where = self.table.location
+        if sum(t.num_rows for t in tables) != pool.sizes[self._shards].sum():
+            raise UserError(f"{where}: the parts of split {self.split} changed while they were read; start a new run")
+        whole = pa.concat_tables(tables) if tables else _schema(self.dataset, self._columns).empty_table()
+        return Tasks.of(whole, self.dataset, where)
+
+    def _collator(self, tasks: Tasks, episode_rows: int) -> Collator:
+        return Collator(tasks, self.dataset.items, self.table.query_rows, episode_rows, self.seed, self.redraw)
 
 
-def _places(sizes: Ints) -> Ints:
-    """[longest shard, shards]: position in the epoch of the k-th task of each shard, dealt round-robin."""
-    there = np.arange(sizes.max(initial=0))[:, None] < sizes
-    return (np.cumsum(there.ravel()) - 1).reshape(there.shape)
-
-
-def _tasks(tables: list[pa.Table], dataset: Dataset, table: TaskSource) -> Tasks:
-    whole = pa.concat_tables(tables) if tables else task_schema(dataset).empty_table()
-    return Tasks.of(whole, dataset, table.location)
+def _schema(dataset: Dataset, columns: Sequence[str]) -> pa.Schema:
+    schema = task_schema(dataset)
+    return pa.schema([schema.field(name) for name in columns])

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from distmeta import draws
-from distmeta.data.protocols import SPLITS, Protocol
-from distmeta.data.schema import Dataset
+from distmeta.data.protocols import SPLITS, Protocol, Source
+from distmeta.data.schema import Dataset, Field
 from distmeta.data.tables import AGAIN, PARQUET, read_part, read_side, to_polars
 from distmeta.errors import UserError
 from distmeta.storage import Location, writing
@@ -25,15 +25,21 @@ LISTS = {"item": pa.int32(), "label": pa.float32(), "time": pa.int64(), "role": 
 """List columns of a task table and their element types."""
 FIXED = ("task", "user", "split", "cohort", *LISTS)
 """Its columns besides the user's fields."""
+GROUP_TASKS, GROUP_ROWS = 4096, 2**17
+"""Tasks, and rows of their lists, that a Parquet row group holds at most (one task at least): what a loader that
+streams reads at a time of each shard. 2^17 rows are 2 MB in memory."""
+ROW_COHORT = "row_cohort"
+"""One more list column, int8, where the protocol has cohorts of rows: positions in the manifest's row_cohorts."""
 
 _ARROW = {"categorical": pa.int32(), "multi_categorical": pa.list_(pa.int32()), "numeric": pa.float32()}
 
 
-def task_schema(dataset: Dataset) -> pa.Schema:
-    """The columns of a task table of this dataset."""
+def task_schema(dataset: Dataset, row_cohorts: bool = False) -> pa.Schema:
+    """The columns of a task table of this dataset, by a protocol with or without cohorts of rows."""
     fields = [("task", pa.int64()), ("user", pa.int32()), ("split", pa.string()), ("cohort", pa.string())]
     fields += [(f.name, _ARROW[f.type]) for f in dataset.user_fields]
-    return pa.schema(fields + [(name, pa.list_(kind)) for name, kind in LISTS.items()])
+    lists = {**LISTS, ROW_COHORT: pa.int8()} if row_cohorts else LISTS
+    return pa.schema(fields + [(name, pa.list_(kind)) for name, kind in lists.items()])
 
 
 Cohorts = dict[str, dict[str, dict[str, int]]]
@@ -56,7 +62,8 @@ class Maker:
         self.dataset, self.manifest, self.protocol = dataset, manifest, protocol
         self.split_seed, self.options, self.shards, self.where = split_seed, options, shards, where
         self.user_fields = [f.name for f in manifest.user_fields]
-        clash = sorted(set(self.user_fields) & set(FIXED))
+        self.schema = task_schema(manifest, bool(protocol.row_cohorts))
+        clash = sorted(set(self.user_fields) & {*FIXED, ROW_COHORT})
         if clash:
             raise UserError(f"{dataset}: a user field cannot be called {clash[0]}; rename it and prepare again")
 
@@ -67,11 +74,10 @@ class Maker:
             UserError: the dataset is damaged, the protocol leaves no training task, or the place is read-only.
         """
         users = read_side(self.dataset, self.manifest, "users", ["user", "raw_id", *self.user_fields])
-        ids = to_polars(users.select(["user", "raw_id"]))
-        plan = self.protocol.plan(ids, self._items(), self.split_seed, self.options)
+        plan = self.protocol.plan(self._source(users), self.split_seed, self.options)
         users = users.select(self.user_fields)
         dropped, digest, cohorts = Counter[str](), hashlib.sha256(), Cohorts()
-        with _Parts(self.where, task_schema(self.manifest)) as parts:
+        with _Parts(self.where, self.schema) as parts:
             for chunk in self._interactions():
                 rows, left_out = self.protocol.tasks(chunk, plan)
                 dropped.update(left_out)
@@ -94,11 +100,33 @@ class Maker:
             "counts": {s: _total(cohorts.get(s, {})) for s in SPLITS},
             "cohorts": cohorts,
             "dropped": dict(dropped),
+            "row_cohorts": list(self.protocol.row_cohorts),
+            "compared": [list(pair) for pair in self.protocol.compared],
+            "notes": plan.notes,
             "split_hash": digest.hexdigest(),
             "dataset": dict(origin),
             "files": parts.files,
         }
         (self.where / "tasks.json").write_json(manifest)
+
+    def _source(self, users: pa.Table) -> Source:
+        return Source(
+            self.manifest,
+            self.dataset,
+            to_polars(users),
+            self._items(),
+            lambda name: self._vocabulary("user", next(f for f in self.manifest.user_fields if f.name == name)),
+            self._interactions,
+        )
+
+    def _vocabulary(self, side: str, field: Field) -> pl.Series:
+        """What the indices of a categorical field stand for; UserError where one of them is not in the file."""
+        file = self.dataset / f"vocabularies/{side}-{field.name}.parquet"
+        values = to_polars(read_part(file, ["value"], field.size, AGAIN))["value"]
+        index = to_polars(read_side(self.dataset, self.manifest, f"{side}s", [field.name]))[field.name]
+        if not index.is_between(0, field.size - 1).all():
+            raise UserError(f"{self.dataset / f'{side}s'}: a {field.name} is not in {file}; {AGAIN}")
+        return values
 
     def _items(self) -> pl.DataFrame:
         """Items with their year as a number, where the dataset has one."""
@@ -107,10 +135,7 @@ class Maker:
             return to_polars(read_side(self.dataset, self.manifest, "items", ["item"]))
         items = to_polars(read_side(self.dataset, self.manifest, "items", ["item", "year"]))
         if field.type == "categorical":
-            file = self.dataset / "vocabularies/item-year.parquet"
-            values = to_polars(read_part(file, ["value"], field.size, AGAIN))["value"]
-            if not items["year"].is_between(0, field.size - 1).all():
-                raise UserError(f"{self.dataset / 'items'}: a year is not in {file}; {AGAIN}")
+            values = self._vocabulary("item", field)
             items = items.with_columns(year=values.cast(pl.Float64, strict=False)[items["year"]])
         return items
 
@@ -161,9 +186,9 @@ class Maker:
         columns |= {name: heads[name].to_arrow() for name in ("task", "user")}
         columns |= {name: users[name].take(columns["user"]) for name in users.column_names}
         cuts = pa.array(offsets.astype(np.int32))
-        columns |= {name: pa.ListArray.from_arrays(cuts, rows[name].to_arrow()) for name in LISTS}
-        schema = task_schema(self.manifest)
-        return pa.table([columns[name] for name in schema.names], names=schema.names).cast(schema)
+        lists = [name for name in self.schema.names if name in LISTS or name == ROW_COHORT]
+        columns |= {name: pa.ListArray.from_arrays(cuts, rows[name].to_arrow()) for name in lists}
+        return pa.table([columns[name] for name in self.schema.names], names=self.schema.names).cast(self.schema)
 
 
 def _total(cohorts: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
@@ -189,17 +214,29 @@ class _Parts:
         self.files: list[dict[str, Any]] = []
         self._open: dict[tuple[str, int], tuple[pa.NativeFile, pq.ParquetWriter, str]] = {}
         self._rows = Counter[tuple[str, int]]()
+        self._waiting: dict[tuple[str, int], pa.Table] = {}
+        """Tasks that do not fill a row group yet."""
 
     def __enter__(self) -> "_Parts":
         return self
 
     def write(self, split: str, shard: int, tasks: pa.Table) -> None:
-        """Append tasks to a part."""
-        if (split, shard) not in self._open:
+        """Append tasks to a part. Its row groups do not depend on how its tasks are cut into calls."""
+        key = split, shard
+        if key not in self._open:
             self._start(split, shard)
+        if key in self._waiting:
+            tasks = pa.concat_tables([self._waiting[key], tasks])
+        *full, last = _groups(tasks)
+        for start, end in full:
+            self._group(key, tasks.slice(start, end - start))
+        self._waiting[key] = tasks.slice(last[0])
+
+    def _group(self, key: tuple[str, int], tasks: pa.Table) -> None:
+        """Write tasks as one row group."""
         with writing(self.where):
-            self._open[split, shard][1].write_table(tasks)
-        self._rows[split, shard] += tasks.num_rows
+            self._open[key][1].write_table(tasks, row_group_size=tasks.num_rows)
+        self._rows[key] += tasks.num_rows
 
     def _start(self, split: str, shard: int) -> None:
         part = self.where / _path(split, shard)
@@ -226,6 +263,7 @@ class _Parts:
 
     def _finish(self) -> None:
         for (split, shard), (stream, writer, target) in sorted(self._open.items()):
+            self._group((split, shard), self._waiting.pop((split, shard)))
             part = self.where / _path(split, shard)
             with writing(part):
                 writer.close()
@@ -244,6 +282,18 @@ class _Parts:
             with contextlib.suppress(OSError, pa.ArrowException, ValueError):
                 writer.close()
             _drop(self.where, target, stream)
+
+
+def _groups(tasks: pa.Table) -> list[tuple[int, int]]:
+    """[start, end) of row groups, each as large as GROUP_TASKS and GROUP_ROWS allow but the last; `tasks` has some."""
+    ends = np.cumsum(pl.Series(tasks["item"]).list.len().to_numpy(), dtype=np.int64)
+    bounds, start, before = [], 0, 0
+    while start < len(ends):
+        most = int(np.searchsorted(ends, before + GROUP_ROWS, side="right"))
+        end = min(max(most, start + 1), start + GROUP_TASKS)
+        bounds.append((start, end))
+        start, before = end, int(ends[end - 1])
+    return bounds
 
 
 def _drop(where: Location, target: str, stream: pa.NativeFile) -> None:

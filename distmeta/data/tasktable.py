@@ -4,15 +4,16 @@ DATASET/tasks/PROTOCOL-VERSION-SPLITSEED-OPTHASH/
   tasks.json                 manifest, written last: protocol, options, counts, split hash, files
   SPLIT/part-NNNNN.parquet   one file a split and shard that has tasks: task int64, user int32, split, cohort,
                              the user's fields as in users/, and the lists item int32, label float32,
-                             time int64, role int8, in time order
+                             time int64, role int8 and maybe row_cohort int8, in time order; its row groups bound
+                             what is read at a time
 
 Shard of a task = hash(task id) mod shards. taskmaker.py makes a table, once.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -20,7 +21,7 @@ import pyarrow as pa
 from distmeta.data import protocols
 from distmeta.data.protocols import SPLITS
 from distmeta.data.schema import Dataset
-from distmeta.data.tables import read_part
+from distmeta.data.tables import read_groups, read_part
 from distmeta.data.taskmaker import FIXED, FORMAT, Maker
 from distmeta.errors import UserError
 from distmeta.storage import Location
@@ -39,8 +40,8 @@ class TaskTable:
     options: dict[str, Any]
     split_seed: int
     shards: int
-    query_rows: int
-    """Query rows that the loader draws of a task whose rows are all DRAWN."""
+    query_rows: float
+    """Query rows that the loader draws of a task whose rows are all DRAWN; below 1: that share of its rows."""
     episode_rows: int
     """Rows that the loader draws of a longer such task for an epoch's episode; 0: all."""
     counts: dict[str, dict[str, int]]
@@ -55,6 +56,12 @@ class TaskTable:
     """What the table was made from, as `_origin` describes it."""
     files: list[dict[str, Any]]
     """{"split", "shard", "path", "rows", "bytes"} of every part; `rows` are its tasks."""
+    row_cohorts: list[str] = field(default_factory=list)
+    """Cohorts of query rows; the parts have the list column row_cohort (positions here) where there are any."""
+    compared: list[list[str]] = field(default_factory=list)
+    """Pairs of cohorts whose users' errors a t-test compares."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """What the protocol decided from the data, in words."""
 
     @classmethod
     def open(cls, where: Location) -> "TaskTable":
@@ -88,13 +95,44 @@ class TaskTable:
         Raises:
             UserError: no such split; or a part is missing, not Parquet, or not as the manifest says.
         """
+        parts = self._parts(split)
+        wanted = sorted(parts) if shards is None else [s for s in shards if s in parts]
+        names, again = self._columns(columns), _again(self.location)
+        return [read_part(self.location / parts[s]["path"], names, parts[s]["rows"], again) for s in wanted]
+
+    def groups(self, split: str) -> list[list[tuple[int, int]]]:
+        """(tasks, rows) of each Parquet row group of each shard of `split`, from the parts' footers.
+
+        Raises:
+            UserError: as `read`.
+        """
+        parts, again = self._parts(split), _again(self.location)
+        found: list[list[tuple[int, int]]] = [[] for _ in range(self.shards)]
+        for s, f in parts.items():
+            found[s] = read_groups(self.location / f["path"], "item", f["rows"], again)
+        return found
+
+    def stream(
+        self, split: str, wanted: Iterable[tuple[int, Sequence[int]]], columns: Sequence[str] | None = None
+    ) -> Iterator[pa.Table]:
+        """The tasks of each (shard, row groups) in turn, one table each, read when it is asked for.
+
+        Raises:
+            UserError: as `read`; there is no such row group.
+        """
+        parts, names, again = self._parts(split), self._columns(columns), _again(self.location)
+        for s, groups in wanted:
+            yield read_part(self.location / parts[s]["path"], names, parts[s]["rows"], again, groups)
+
+    def _parts(self, split: str) -> dict[int, dict[str, Any]]:
+        """Shard -> its part of `split`."""
         if split not in SPLITS:
             raise UserError(f"{self.location}: no split {split!r}; splits: {' '.join(SPLITS)}")
-        parts = {f["shard"]: f for f in self.files if f["split"] == split}
-        wanted = sorted(parts) if shards is None else [s for s in shards if s in parts]
-        names = list(columns or (*FIXED, *(f["name"] for f in self.dataset["user_fields"])))
-        again = _again(self.location)
-        return [read_part(self.location / parts[s]["path"], names, parts[s]["rows"], again) for s in wanted]
+        return {f["shard"]: f for f in self.files if f["split"] == split}
+
+    def _columns(self, columns: Sequence[str] | None) -> list[str]:
+        """The columns to read: those listed, or all."""
+        return list(columns or (*FIXED, *(f["name"] for f in self.dataset["user_fields"])))
 
 
 def make(

@@ -240,8 +240,9 @@ def assemble(
     Returns:
         {"method", "protocol", "split_hash", "seed", "cohorts": {cohort: metrics}, "floors": {floor: {cohort:
         metrics}}, "paired": {floor: {cohort: {metric: [difference, low, high]}}}}; the cohort `all` is every
-        task of the split test. Where the protocol compares groups of users also "groups": {"A-B": t-test} and
-        "floor_groups": {floor: {"A-B": t-test}}, as `cohorts.groups` makes them.
+        task of the split test. Where the protocol decided something from the data also "notes", its words for it;
+        where it compares groups of users also "groups": {"A-B": t-test} and "floor_groups": {floor: {"A-B":
+        t-test}}, as `cohorts.groups` makes them.
 
     Raises:
         RunError: a floor was evaluated on other tasks than the method.
@@ -253,10 +254,10 @@ def assemble(
         theirs = {name: matched(mine, other)[cohort].units for name, other in others.items()}
         for name, differences in significance.against(found.units, theirs).items():
             paired[name][cohort] = differences
-    tests = {}
+    more: dict[str, Any] = {"notes": table.notes} if table.notes else {}
     if table.compared:
-        tests["groups"] = groups(measured, table.compared)
-        tests["floor_groups"] = {name: groups(floor, table.compared) for name, floor in floors.items()}
+        more["groups"] = groups(measured, table.compared)
+        more["floor_groups"] = {name: groups(floor, table.compared) for name, floor in floors.items()}
     return {
         "method": method_name,
         "protocol": table.protocol,
@@ -265,5 +266,5 @@ def assemble(
         "cohorts": {name: cohort.summary for name, cohort in mine.items()},
         "floors": {name: {c: cohort.summary for c, cohort in other.items()} for name, other in others.items()},
         "paired": paired,
-        **tests,
+        **more,
     }

@@ -83,9 +83,13 @@ def train(
         method = build_method(config, dataset, items, device)
         o = config.train
         shared: dict[str, Any] = {"seed": o.seed, "rank": exchange.rank, "world": exchange.world}
+        shared["memory"] = o.memory_mb << 20
         drawn = dataclasses.replace(table, query_rows=o.query_rows or table.query_rows)
         tasks = Loader(drawn, dataset, "train", o.batch_size, redraw=o.redraw_query, **shared)
         valid = Loader(table, dataset, "valid", o.batch_size, redraw=False, **shared)
+        for loader in (tasks, valid):
+            if loader.note and exchange.rank == 0:
+                log(loader.note)
         if not tasks.n_tasks:
             raise UserError(f"{table.location}: no training tasks; choose another --protocol or a larger dataset")
         training = _Training(

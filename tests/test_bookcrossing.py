@@ -64,8 +64,8 @@ def test_what_a_dump_holds_is_read_as_it_was_meant(tmp_path: Path, capsys: pytes
     said = capsys.readouterr().out
     users, items, rows = decoded(tmp_path / "d")
     assert users.select("raw_id", "age", "country", "region", "city").rows() == [  # by number; 1 and 12 rate nothing
-        ("2", "34", "germany", "bayern", "münchen"),
-        ("9", "5", "italy", "milan", "cernusco s"),
+        ("2", 34.0, "germany", "bayern", "münchen"),
+        ("9", 5.0, "italy", "milan", "cernusco s"),
         ("10", None, "usa", "illinois", "o`fallon, st. clair"),
         ("13", None, "philippines", "asturias", None),
     ]
@@ -78,8 +78,8 @@ def test_what_a_dump_holds_is_read_as_it_was_meant(tmp_path: Path, capsys: pytes
         ("034545104X", "M. J. Rose", "2002", "Simon & Schuster"),
     ]
     assert rows.rows() == [  # in the file's order, of the two ratings of one book the later
-        ("2", "0002", 5.0, 3), ("2", "0001", 1.0, 4), ("9", "0 330 *", 8.0, 5),
-        ("10", "034545104X", 10.0, 2), ("10", "0003", 6.0, 6), ("13", "0001", 9.0, 8),
+        ("2", "0002", 5.0, 1), ("2", "0001", 1.0, 2), ("9", "0 330 *", 8.0, 3),
+        ("10", "034545104X", 10.0, 0), ("10", "0003", 6.0, 4), ("13", "0001", 9.0, 5),
     ]  # fmt: skip
     dataset = Dataset.open(str(tmp_path / "d"))
     assert (dataset.name, dataset.label) == ("Book-Crossing (subset of 7 ratings)", Label("rating", 1.0, 10.0))
@@ -111,11 +111,27 @@ def test_zeros_are_labels_where_one_asks_for_them(tmp_path: Path) -> None:
     assert dataset.label == Label("rating", 0.0, 10.0)
     assert dataset.name == "Book-Crossing (subset of 9 ratings)"
     assert users.filter(pl.col("raw_id") == "12").select("age", "country", "region", "city").row(0) == (
-        "110", None, None, None,
+        110.0, None, None, None,
     )  # fmt: skip
     assert rows.filter(pl.col("label") == 0).select("user", "item", "time").rows() == [
-        ("2", "034545104X", 1), ("12", "0005", 7),
+        ("2", "034545104X", 0), ("12", "0005", 6),
     ]  # fmt: skip
+
+
+def test_complete_keeps_known_users_ratings_of_known_books(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = _made(tmp_path / "raw")
+    file = raw / "BX-Book-Ratings.csv"
+    assert _prepare(raw, tmp_path / "d", "--complete", "--zeros") == 0
+    _, items, rows = decoded(tmp_path / "d")
+    assert rows.rows() == [("2", "034545104X", 0.0, 0)]
+    assert "0 330 *" not in items["raw_id"]
+    dropped = Dataset.open(str(tmp_path / "d")).extra["dropped"]
+    assert dropped["ratings_of_users_without_age_or_country"] == 4
+    assert dropped["ratings_of_books_without_author,_year_or_publisher"] == 3
+    capsys.readouterr()
+    file.write_text(RATINGS.replace('"034545104X";"0"', '"0001";"3"'))
+    status = _prepare(raw, tmp_path / "e", "--complete")
+    check_refused(status, capsys, tmp_path / "e", "--complete leaves no rating")
 
 
 def test_line_ends_of_windows_change_nothing(tmp_path: Path) -> None:

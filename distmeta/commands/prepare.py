@@ -106,10 +106,11 @@ def _bookcrossing(argv: Sequence[str]) -> int:
         "bookcrossing",
         "Read Book-Crossing (Ziegler et al., WWW 2005), the dump BX-CSV-Dump.zip.\n"
         "Files: BX-Users.csv, BX-Books.csv, BX-Book-Ratings.csv.\n"
-        "User fields: age (5 to 110, others unknown), country, region, city; item fields: author, year, publisher.\n"
-        "Methods use age, country and the items' fields, as the papers do. There are no times: a user's ratings are\n"
-        "taken as in order of time in the file. Where there are not as many ratings as in the official file, the\n"
-        "dataset's name says that it is a subset.",
+        "User fields: age (a number; unknown outside 5 to 110), country, region, city; item fields: author, year,\n"
+        "publisher."
+        " Methods use age, country and the items' fields, as the papers do. There are no times: a user's\n"
+        "ratings are taken as in order of time in the file. Where there are not as many ratings as in the official\n"
+        "file, the dataset's name says that it is a subset.",
         "example: python -m jobs.prepare bookcrossing --raw BX --out data/bookcrossing",
     )
     parser.add_argument("--raw", required=True, metavar="DIR", help="folder that holds the files")
@@ -117,11 +118,16 @@ def _bookcrossing(argv: Sequence[str]) -> int:
         "--zeros", action="store_true",
         help="keep ratings of 0 (seen, not rated) as labels, so that they are 0 to 10 [dropped: labels 1 to 10]",
     )  # fmt: skip
+    parser.add_argument(
+        "--complete", action="store_true",
+        help="drop ratings of users without age or country and of books without author, year or publisher, as MAMO",
+    )  # fmt: skip
     _add_out(parser)
     args = parser.parse(argv)
     from distmeta.data.sources.bookcrossing import bookcrossing
 
-    return _make(args.out, lambda out: bookcrossing(Location.of(args.raw), out, zeros=args.zeros))
+    raw, keep = Location.of(args.raw), {"zeros": args.zeros, "complete": args.complete}
+    return _make(args.out, lambda out: bookcrossing(raw, out, **keep))
 
 
 def _table(argv: Sequence[str]) -> int:

@@ -29,6 +29,9 @@ _ID = (1, 2**31 - 1)
 OFFICIAL = {"with zeros": 1_149_780, "explicit": 433_671}
 """Ratings of the official file; where there are not so many, the dataset's name says that it is a subset."""
 
+CONTENT = ("age", "country")
+"""User fields that methods use; MAMO keeps the country alone of a location, and few users share a city."""
+
 AGES = (5, 110)
 """Ages that are believed (MAMO, appendix A.1.2; PAML believes 10 to 100 of these). Others are unknown."""
 
@@ -58,19 +61,21 @@ class _Report:
     notes: list[str] = field(default_factory=list)
 
 
-def bookcrossing(raw: Location, where: Location, *, zeros: bool = False) -> Dataset:
+def bookcrossing(raw: Location, where: Location, *, zeros: bool = False, complete: bool = False) -> Dataset:
     """BX-Users.csv, BX-Books.csv and BX-Book-Ratings.csv -> a dataset at `where`.
 
-    User fields: age (categorical, in whole years, as MAMO's 106 ages: protocols filter by it and count its values);
+    User fields: age (numeric, in years: the papers cut it at other ages, so that protocols need the number);
     country, region and city (the last, the last but one and the other parts of the location, in small letters). Item
     fields: author, year, publisher. The papers' content is age, country and the items' fields. The unknown value
     stands for what is blank, not believed (AGES, YEARS) or no name of a place. Raw ids are the files'.
 
     A rated book that BX-Books.csv lacks is kept, all its fields unknown. There are no times: a user's ratings are
-    taken as in order of time in the file, as MAMO does, and `time` is the rating's place in it.
+    taken as in order of time in the file, as MAMO does, and `time` is the rating's place among those kept.
 
     Args:
-        zeros: keep ratings of 0, which mean "seen, not rated", so that labels are 0 to 10 (HML §4.1).
+        complete: drop ratings of users without a known age or country and of books without one of their fields, as
+            MAMO (§3.1.1, "filter the records that users or items do not have relevant profiles").
+        zeros: keep ratings of 0, which mean "seen, not rated", so that labels are 0 to 10, as in HML.
 
     Raises:
         UserError: a file is missing, has more than a few broken lines or impossible values, with the line; or
@@ -90,11 +95,15 @@ def bookcrossing(raw: Location, where: Location, *, zeros: bool = False) -> Data
     name = _name(ratings.height, official, report)
     report.notes.append("no times: a user's ratings are taken as in order of time in the file")
     kept, report.dropped["earlier_ratings_of_the_same_user_and_book"] = last_of_pairs(ratings)
-    user_fields: dict[str, FieldType] = dict.fromkeys(("age", "country", "region", "city"), "categorical")
+    if complete:
+        kept = _complete(kept, users, books, report)
+    kept = kept.with_columns(time=pl.int_range(pl.len(), dtype=pl.Int64))  # no gaps: below the number of rows
+    user_fields: dict[str, FieldType] = {"age": "numeric"}
+    user_fields |= dict.fromkeys(("country", "region", "city"), "categorical")
     item_fields: dict[str, FieldType] = dict.fromkeys(("author", "year", "publisher"), "categorical")
     extra: dict[str, Any] = {
         "source": "bookcrossing",
-        "content_fields": {"user": ["age", "country"], "item": list(item_fields)},
+        "content_fields": {"user": list(CONTENT), "item": list(item_fields)},
         **vars(report),
     }
     return write_dataset(
@@ -175,6 +184,17 @@ def _explicit(ratings: pl.DataFrame, file: Location, report: _Report) -> pl.Data
         raise UserError(f"{file}: every rating is 0, which means seen, not rated; add --zeros to keep them as labels")
     report.dropped["ratings_of_0_(seen,_not_rated)"] = ratings.height - explicit.height
     return explicit
+
+
+def _complete(ratings: pl.DataFrame, users: pl.DataFrame, books: pl.DataFrame, report: _Report) -> pl.DataFrame:
+    known_users, known_books = users.drop_nulls(CONTENT), books.drop_nulls()
+    kept = ratings.join(known_users, on="user", how="semi", maintain_order="left")
+    report.dropped["ratings_of_users_without_age_or_country"] = ratings.height - kept.height
+    whole = kept.join(known_books, on="item", how="semi", maintain_order="left")
+    report.dropped["ratings_of_books_without_author,_year_or_publisher"] = kept.height - whole.height
+    if not whole.height:
+        raise UserError("--complete leaves no rating: no user with age and country rated a book with all its fields")
+    return whole
 
 
 def _name(count: int, official: int, report: _Report) -> str:

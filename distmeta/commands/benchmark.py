@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from distmeta.cli import Parser
 from distmeta.errors import UserError
 from distmeta.fields import nearest
+from distmeta.parallel import submitted
 from distmeta.storage import Location
 
 BENCHMARKS = {
@@ -36,6 +37,8 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog=f"benchmark {name}", add_help=False)
     parser.add_argument("--json", metavar="FILE")
     own, others = parser.parse_known_args(rest)
+    if own.json:
+        submitted.check("--json", own.json)
     rows = importlib.import_module(f"distmeta.commands.benchmark_{name}").main(others)
     if own.json:
         Location.of(own.json).write_json(rows)

@@ -13,7 +13,7 @@ from distmeta.data.schema import Dataset
 from distmeta.data.tasktable import TaskTable
 from distmeta.errors import UserError
 from distmeta.methods import FLOORS
-from distmeta.parallel import rundir
+from distmeta.parallel import rundir, submitted
 from distmeta.storage import Location
 
 if TYPE_CHECKING:
@@ -46,6 +46,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--data", metavar="DATASET", help="where the runs' dataset lies now, if it was moved")
     args = parser.parse(argv)
     found: list[Found] = []
+    for run in args.run:
+        submitted.check("--run", run)
+    if args.data:
+        submitted.check("--data", args.data)
     runs = [Location.of(run) for run in args.run]
     configs = [rundir.stored(run) for run in runs]
     places = [Location.of(args.data or config.data.data) for config in configs]

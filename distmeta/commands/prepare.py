@@ -9,6 +9,7 @@ from distmeta.config import DataOptions
 from distmeta.data.schema import Dataset
 from distmeta.errors import UserError
 from distmeta.fields import add_flags, build, nearest
+from distmeta.parallel import submitted
 from distmeta.storage import Location
 
 _HELP = """\
@@ -198,6 +199,7 @@ def _tasks(argv: Sequence[str]) -> int:
     data = build(DataOptions, vars(parser.parse(argv)), "prepare tasks", flags=True)
     if not data.data:
         raise UserError("prepare tasks: --data is missing; name a dataset made by `prepare SOURCE --out`")
+    submitted.check("--data", data.data)
     from distmeta.data import protocols, tasktable
 
     start = time.perf_counter()
@@ -216,6 +218,7 @@ def _tasks(argv: Sequence[str]) -> int:
 
 def _make(out: str, source: Callable[[Location], Dataset]) -> int:
     """Run a source and print what it read, dropped and wrote."""
+    submitted.check("--out", out)
     start = time.perf_counter()
     where = Location.of(out)
     dataset = source(where)

@@ -12,7 +12,7 @@ from distmeta.config import Config, DataOptions, TrainOptions
 from distmeta.errors import UserError
 from distmeta.fields import add_flags
 from distmeta.methods import FLOORS, METHODS, entry
-from distmeta.parallel import rundir
+from distmeta.parallel import rundir, submitted
 from distmeta.storage import Location
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ def main(argv: Sequence[str]) -> int:
         UserError: usage or bad input. RunError: the run failed.
     """
     config = parse(argv)
+    submitted.check("--run", config.train.run)
+    submitted.check("--data", config.data.data)
     from distmeta import process
     from distmeta.data import protocols, tasktable
     from distmeta.data.schema import Dataset
@@ -82,6 +84,7 @@ def parse(argv: Sequence[str]) -> Config:
     if early.get("resume"):
         if not early.get("run"):
             raise UserError("train: --resume needs --run RUN, the directory of the run to go on with")
+        submitted.check("--run", early["run"])
         base = rundir.stored(Location.of(early["run"]))
     name = method or (config_module.read_yaml(file).get("method") if file else None)
     name = str(name or (base.method if base else "melu"))

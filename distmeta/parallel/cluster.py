@@ -3,19 +3,29 @@
 import contextlib
 import logging
 import os
+import re
 import secrets
-import socket
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from pathlib import Path
+from typing import TypeVar
 
 from distmeta.errors import RunError, UserError
 from distmeta.parallel.update import cores
 
+T = TypeVar("T")
+
 NAMESPACE = "distmeta"
 WAIT_S = 60
 """Seconds to wait for a cluster's resources, where an autoscaler may be adding nodes."""
+
+_ANSWER_S = 5
+"""Seconds to wait for a cluster's answer."""
+_TOKENS = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
 
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -34,8 +44,8 @@ def connected(needed: int, threads: int, gpu: bool, log: Callable[[str], None] =
 
     Raises:
         UserError: no cluster answers at the address, it refuses the token, or it is too small.
+        KeyboardInterrupt, SystemExit: the process was told to end, and is disconnected.
     """
-    address = os.environ.get("RAY_ADDRESS", "")
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     already = "ray" in sys.modules and sys.modules["ray"].is_initialized()
@@ -43,6 +53,7 @@ def connected(needed: int, threads: int, gpu: bool, log: Callable[[str], None] =
         _await(needed, threads, gpu, log)
         yield
         return
+    address = _address()
     if not address and needed * threads > cores():
         raise UserError(
             f"--workers {needed}: {needed} workers of {threads} CPU{'s' * (threads > 1)} each need {needed * threads},"
@@ -51,9 +62,37 @@ def connected(needed: int, threads: int, gpu: bool, log: Callable[[str], None] =
     _authentication(address)
     import ray
 
-    if address and address not in ("auto", "local"):
-        _answers(address)
+    with _signals():
+        try:
+            _connect(address)
+            _on_sigterm()
+            _await(needed, threads, gpu, log)
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _address() -> str:
+    """RAY_ADDRESS, host:port or auto; empty for a cluster of our own.
+
+    Raises:
+        UserError: it is neither.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address in ("", "local"):
+        return ""
+    if address == "auto" or re.fullmatch(r"[^/]+:\d+", address):
+        return address
+    where = "; the dashboard's address is for `ray job submit --address`" if address.startswith("http") else ""
+    raise UserError(f"RAY_ADDRESS={address}: give host:port of the cluster's head (6379 by default), or auto{where}")
+
+
+def _connect(address: str) -> None:
+    import ray
+
     try:
+        if address not in ("", "auto"):
+            _answers(address)
         ray.init(
             address=address or "local",
             namespace=NAMESPACE,
@@ -61,56 +100,119 @@ def connected(needed: int, threads: int, gpu: bool, log: Callable[[str], None] =
             logging_level=logging.WARNING,
             **({} if address else {"num_cpus": cores(), "include_dashboard": False}),
         )
+    except UserError:
+        raise
     except Exception as e:
         raise _refused(address, e) from e
-    try:
-        _await(needed, threads, gpu, log)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM ends this block as Ctrl-C does, and both have their handlers back after it.
+
+    Ray's own handlers of SIGTERM end the process with a stack trace, without disconnecting it.
+    """
+    if threading.current_thread() is not threading.main_thread():
         yield
+        return
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except SystemExit as e:
+        if e.code != signal.SIGTERM:
+            raise
+        print("terminated", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM) from None
     finally:
-        ray.shutdown()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _on_sigterm() -> None:
+    """Take SIGTERM from Ray, which has taken it in ray.init."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+
+
+def interruptible(work: Callable[[], T]) -> T:
+    """work(), in a thread, so that Ctrl-C and SIGTERM end the wait for it at once.
+
+    In the main thread Ray Train's `fit()` takes Ctrl-C over and goes on training for many seconds, then exits with 1.
+    """
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as e:
+            done.set_exception(e)
+
+    threading.Thread(target=run, name="distmeta-fit", daemon=True).start()
+    while not done.done():  # in short waits: a signal wakes no longer one where a library's handler has been between
+        wait([done], 0.2)
+    return done.result()
 
 
 def _authentication(address: str) -> None:
     """Say explicitly whether tokens are used: Ray's default depends on how the cluster was started.
 
     A cluster of our own gets a token of its own, which is written nowhere.
+
+    Raises:
+        UserError: RAY_AUTH_MODE is a word that Ray does not know, which it would take for disabled.
     """
-    if "RAY_AUTH_MODE" in os.environ:
-        return
-    if not address:
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    found = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() or Path("~/.ray/auth_token").expanduser()
-    there = found if isinstance(found, set) else found.exists()
-    os.environ["RAY_AUTH_MODE"] = "token" if there else "disabled"
+    mode = os.environ.get("RAY_AUTH_MODE", "").lower()
+    if mode not in ("", "token", "disabled"):
+        raise UserError(f"RAY_AUTH_MODE={mode}: is neither token nor disabled; correct it")
+    if not address and mode != "disabled" and not _TOKENS & os.environ.keys():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    if not mode:
+        there = _TOKENS & os.environ.keys() or Path("~/.ray/auth_token").expanduser().exists()
+        os.environ["RAY_AUTH_MODE"] = "token" if there else "disabled"
 
 
 def _answers(address: str) -> None:
-    """UserError where nothing listens at host:port; Ray itself would try for a minute."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    """Ask the cluster at host:port whether it is alive: Ray itself tries for 20 s to minutes and does not say why.
+
+    Raises:
+        UserError: nothing answers there, or not a Ray cluster, or one that refuses the token.
+    """
     try:
-        socket.create_connection((host, int(port)), 5).close()
-    except (OSError, ValueError) as e:
+        import grpc
+        from ray._private.gcs_utils import create_gcs_channel
+    except ImportError:  # not where this version of Ray has it: ray.init will find out, later
+        return
+    channel = create_gcs_channel(address)
+    try:
+        channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=_ANSWER_S)
+    except grpc.RpcError as e:
+        code, details = e.code(), e.details()  # type: ignore[attr-defined]
+        if code == grpc.StatusCode.UNAUTHENTICATED:
+            raise _unauthenticated(address) from None
         raise UserError(
-            f"RAY_ADDRESS={address}: no Ray cluster answers there ({e}); start one with `ray start --head`, or correct"
-            " the address"
+            f"RAY_ADDRESS={address}: no Ray cluster answers there ({details}); start one with `ray start --head`, or"
+            " correct the address"
         ) from None
+    finally:
+        channel.close()
+
+
+def _unauthenticated(address: str) -> UserError:
+    given = os.environ["RAY_AUTH_MODE"].lower() == "token"
+    return UserError(
+        f"RAY_ADDRESS={address}: the cluster {'refuses this' if given else 'wants a'} token; set RAY_AUTH_MODE=token"
+        " and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the cluster's"
+    )
 
 
 def _refused(address: str, e: Exception) -> UserError | RunError:
-    text = f"{type(e).__name__} {e}"
-    if any(word in text for word in ("uthenticat", "UNAUTHENTICATED", "token")):
-        return UserError(
-            f"RAY_ADDRESS={address}: the cluster refuses this token, or wants one"
-            f" (RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']}); set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or"
-            " RAY_AUTH_TOKEN_PATH, to the cluster's"
-        )
+    text = " ".join(str(e).split()) or type(e).__name__
+    if type(e).__name__ == "AuthenticationError":  # there is no token, or its file cannot be read
+        why = text.partition(". ")[0]
+        return UserError(f"RAY_AUTH_MODE=token: {why}; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file with it")
     if address:
-        return UserError(f"RAY_ADDRESS={address}: no Ray cluster to connect to ({_first(e)}); correct the address")
-    return RunError(f"Ray does not start on this machine: {_first(e)}")
-
-
-def _first(e: Exception) -> str:
-    return str(e).strip().split("\n")[0] or type(e).__name__
+        return UserError(f"RAY_ADDRESS={address}: cannot be connected to ({text}); correct the address, or the token")
+    return RunError(f"Ray does not start on this machine: {text}")
 
 
 def _await(needed: int, threads: int, gpu: bool, log: Callable[[str], None]) -> None:

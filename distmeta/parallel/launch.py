@@ -72,7 +72,7 @@ def _fit(config: Config, run: Location, table: TaskTable, log: Callable[[str], N
             dataset_config=delivery.ShardConfig({split: table.sizes(split) for split in datasets}),
             **_ray_config(config, run, boards.Deaths(board)),
         )
-        outcome = trainer.fit().return_value
+        outcome = cluster.interruptible(trainer.fit).return_value
     except TrainingFailedError as e:
         error = e
     except RayActorError as e:

@@ -14,13 +14,13 @@ from distmeta.errors import RunError, UserError
 from distmeta.parallel.update import cores
 
 NAMESPACE = "distmeta"
-WAIT_S = 60
-"""Seconds to wait for a cluster's resources, where an autoscaler may be adding nodes."""
+START_S = 60
+"""Seconds after which Ray Train gives up a start of workers, to try again with what nodes there are then."""
 
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # 2 s by default, of which a failure or a report waits for one
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(WAIT_S),
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START_S),
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
 }
 

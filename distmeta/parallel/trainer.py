@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from distmeta import config as config_module
 from distmeta.config import Config
@@ -24,11 +23,12 @@ from distmeta.data.loader import Loader, read_items
 from distmeta.data.schema import Dataset, Label
 from distmeta.data.tasktable import TaskTable
 from distmeta.errors import RunError, UserError
+from distmeta.exchange import Exchange
 from distmeta.methods.base import Method, fit_closed_form
 from distmeta.parallel import checkpoint as checkpoints
 from distmeta.parallel.progress import Progress, clock, number
 from distmeta.parallel.timing import PHASES, Times, together
-from distmeta.parallel.update import Exchange, MetaUpdate, NotFinite, build_method, device_of, numerics
+from distmeta.parallel.update import MetaUpdate, NotFinite, build_method, device_of, numerics
 from distmeta.parallel.validation import read_metrics, validate, write_metrics
 from distmeta.storage import Location
 from distmeta.tasks import TaskBatch
@@ -161,7 +161,7 @@ class _Training:
         """All sweeps of a closed-form method, one validation, one checkpoint; nothing where that exists."""
         if not self.step:
             with self.times.phase("adapt"):
-                fit_closed_form(self.method, lambda sweep: self._reading(self.tasks.evaluation()), self._reduce)
+                fit_closed_form(self.method, lambda sweep: self._reading(self.tasks.evaluation()), self.exchange.sums)
             self.times.step()
             self.progress.tasks = float(self.tasks.n_tasks * self.method.sweeps)
             self.step = self.method.sweeps
@@ -254,14 +254,6 @@ class _Training:
             if batch is None:
                 return
             yield batch
-
-    def _reduce(self, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Statistics summed over all workers."""
-        with self.times.phase("exchange"):
-            for key in sorted(statistics):
-                value = statistics[key].contiguous()
-                statistics[key] = self.exchange.sum(value.view(-1)).view_as(value)
-        return statistics
 
     # ---- what is kept
 

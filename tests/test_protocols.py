@@ -1,5 +1,6 @@
 """Protocols and task tables: which rows become which tasks, and what happens when a file is not as it should be."""
 
+import dataclasses
 import json
 import os
 from collections import defaultdict
@@ -299,6 +300,15 @@ def test_bad_questions_get_a_sentence(tmp_path: Path, tiny_at: Path) -> None:
     with pytest.raises(UserError, match=r"no training tasks \(10 users with fewer than 2 ratings"):
         tasktable.make(Location.of(tmp_path / "single"), "cmml-user", 0, {})
     assert not list((tmp_path / "single").glob("tasks/*/tasks.json"))
+
+
+def test_options_are_those_of_the_command_line() -> None:
+    """--protocol offers every protocol, and a default is the same whether a table is made by hand or by `train`."""
+    defaults = DataOptions()
+    (choice,) = (f for f in dataclasses.fields(DataOptions) if f.name == "protocol")
+    assert set(choice.metadata["choices"]) == set(protocols.PROTOCOLS)
+    for p in protocols.PROTOCOLS.values():
+        assert {name: getattr(defaults, name) for name in p.options} == p.options
 
 
 def test_movielens_splits_have_the_published_sizes(ml1m: Location) -> None:

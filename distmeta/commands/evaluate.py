@@ -17,11 +17,11 @@ from distmeta.parallel import rundir
 from distmeta.storage import Location
 
 if TYPE_CHECKING:
-    import polars as pl
+    from distmeta.evaluation.measured import Measured
 
-    Frames = tuple[pl.DataFrame, dict[str, pl.DataFrame]]
+    Found = tuple[Measured, dict[str, Measured]]
 
-_SHOWN = ("mae", "mse", "rmse", "ndcg@1", "ndcg@3")
+_SHOWN = ("mae", "mse", "rmse", "ndcg@1", "ndcg@3", "ndcg@5", "auc", "nel", "recall@10", "recall@50")
 """Metrics of the table on the terminal; evaluation.json has more."""
 
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--data", metavar="DATASET", help="where the runs' dataset lies now, if it was moved")
     args = parser.parse(argv)
-    found: list[Frames] = []
+    found: list[Found] = []
     runs = [Location.of(run) for run in args.run]
     configs = [rundir.stored(run) for run in runs]
     places = [Location.of(args.data or config.data.data) for config in configs]
@@ -85,14 +85,14 @@ def _check_alike(runs: Sequence[Location], configs: Sequence[Config], places: Se
                 )
 
 
-def evaluate(config: Config, run: Location, place: Location, dataset: Dataset, table: TaskTable) -> "Frames":
+def evaluate(config: Config, run: Location, place: Location, dataset: Dataset, table: TaskTable) -> "Found":
     """Write RUN/evaluation.json and RUN/report.html from the run's best checkpoint, and print a table.
 
     Args:
         place: where `dataset` lies. table: its tasks, as the run was trained on.
 
     Returns:
-        Per-task metrics of the method, and of each floor by name.
+        What the method measures, and each floor by name.
 
     Raises:
         UserError: there is no checkpoint, it is damaged, or of another split. RunError: a prediction is not finite.
@@ -113,29 +113,41 @@ def evaluate(config: Config, run: Location, place: Location, dataset: Dataset, t
     with numerics(config.train.threads, device):
         method = build_method(config, dataset, read_items(place, dataset), device)
         checkpoint.restore_params(run, best, method, config.method)
-        errors = evaluation.ErrorHistogram.of(dataset.label)
-        frame = evaluation.evaluate(method, table, dataset, errors)
-        floors = evaluation.floors(table, dataset, place, FLOORS[dataset.label.kind])
-    found = evaluation.assemble(config.method, table.protocol, table.split_hash, config.train.seed, frame, floors)
+        memory = config.train.memory_mb << 20
+        measured = evaluation.evaluate(method, table, dataset, memory=memory)
+        floors = evaluation.floors(table, dataset, place, FLOORS[dataset.label.kind], memory=memory)
+    found = evaluation.assemble(config.method, table, config.train.seed, measured, floors)
     (run / "evaluation.json").write_json(found)
-    report.write(run, found, read_metrics(run), config_module.to_yaml(config), dataset, errors)
+    report.write(run, found, read_metrics(run), config_module.to_yaml(config), dataset, measured.errors)
     print(f"\nbest checkpoint: step {best.step}")
     print(terminal_table(found))
     if bayes := dataset.extra.get("bayes"):
         best = ", ".join(f"{metric} {value:.4f}" for metric, value in bayes.items())
         print(f"\nbest possible on this dataset, for one who knows every noise-free score: {best}")
     print(f"\nreport   {run / 'report.html'}")
-    return frame, floors
+    return measured, floors
 
 
 def terminal_table(found: Mapping[str, Any]) -> str:
-    """The metrics of cohort `all` of the method and the floors, and the paired differences in MAE by cohort."""
+    """Metrics of the method and the floors, and the paired differences in MAE by cohort.
+
+    Metrics are of the cohort `all`; where the protocol has cohorts of rows, also MAE and NDCG@3 of these; where it
+    compares groups of users, also their errors and the t-test.
+    """
     everyone = found["cohorts"]["all"]
     names = [m for m in _SHOWN if everyone.get(m) is not None]
-    rows = [["", *names], [found["method"], *(f"{everyone[m]:.4f}" for m in names)]]
-    for floor, cohorts in found["floors"].items():
-        rows.append([floor, *("–" if cohorts["all"].get(m) is None else f"{cohorts['all'][m]:.4f}" for m in names)])
-    lines = [f"{everyone['n_tasks']:,} unseen tasks", *_aligned(rows)]
+    methods = {found["method"]: found["cohorts"], **found["floors"]}
+    cells = [[name, *(_number(c["all"].get(m)) for m in names)] for name, c in methods.items()]
+    lines = [f"{everyone['n_tasks']:,} unseen tasks", *_aligned([["", *names], *cells])]
+    by_row = [c for c, summary in found["cohorts"].items() if "n_rows" in summary]
+    for metric in ("mae", "ndcg@3") if by_row else ():
+        cells = [[name, *(_number(c.get(cohort, {}).get(metric)) for cohort in by_row)] for name, c in methods.items()]
+        lines += ["", *_aligned([[f"{metric} of rows", *by_row], *cells])]
+    for pair, mine in found.get("groups", {}).items():
+        tests = {found["method"]: mine, **{floor: g[pair] for floor, g in found["floor_groups"].items()}}
+        heads = [f"{pair}, MSE", *(f"{g} ({n:,})" for g, n in zip(pair.split("-"), mine["n"], strict=True)), "t", "p"]
+        cells = [[name, *map(_number, (*test["mse"], test["t"], test["p"]))] for name, test in tests.items()]
+        lines += ["", *_aligned([heads, *cells])]
     against = list(found["paired"])
     rows = [["MAE minus that of", *against]]
     for cohort in found["cohorts"]:
@@ -144,22 +156,23 @@ def terminal_table(found: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", *_aligned(rows)])
 
 
-def pooled_table(found: Sequence["Frames"]) -> str:
-    """Paired differences in MAE of several runs' tasks together, by cohort of the test split, to each floor."""
+def pooled_table(found: Sequence["Found"]) -> str:
+    """Paired differences in MAE of several runs' tasks together, by cohort, to each floor."""
     from distmeta.evaluation import significance
+    from distmeta.evaluation.cohorts import cohorts
 
-    first, floors = found[0]
+    runs = [(cohorts(method), {name: cohorts(floor) for name, floor in floors.items()}) for method, floors in found]
+    floors = found[0][1]
     rows = [["MAE minus that of", *floors]]
-    for cohort in ["all", *first["cohort"].unique().sort()]:
-        pairs = {f: [(_cohort(a, cohort), _cohort(b[f], cohort)) for a, b in found] for f in floors}
-        if len(pairs[next(iter(floors))][0][0]):
-            rows.append([cohort, *(_interval(significance.pooled(pairs[f])["mae"]) for f in floors)])
+    for cohort in dict.fromkeys(name for mine, _ in runs for name in mine):
+        with_it = [(mine, others) for mine, others in runs if cohort in mine]
+        pairs = {f: [(mine[cohort].units, others[f][cohort].units) for mine, others in with_it] for f in floors}
+        rows.append([cohort, *(_interval(significance.pooled(pairs[f])["mae"]) for f in floors)])
     return "\n".join(_aligned(rows))
 
 
-def _cohort(frame: "pl.DataFrame", name: str) -> "pl.DataFrame":
-    test = frame.filter(frame["split"] == "test")
-    return test if name == "all" else test.filter(test["cohort"] == name)
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
 
 
 def _interval(values: Sequence[float | None] | None) -> str:

@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     dataset = Dataset.open(place)
     if dataset.label.kind not in FLOORS:
         raise UserError(
-            f"{place}: its labels are of kind {dataset.label.kind}; the methods here learn {' '.join(FLOORS)} labels"
+            f"{place}: its labels are of kind {dataset.label.kind}; the methods here learn {' and '.join(FLOORS)} labels"
         )
     run = run or rundir.default(config.method, dataset.name)
     table = tasktable.make(place, config.data.protocol, config.data.split_seed, protocols.protocol_options(config.data))

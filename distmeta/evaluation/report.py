@@ -308,6 +308,8 @@ def _provenance(
         f"{dataset.interactions:,} interactions, labels {dataset.label.minimum:g} to {dataset.label.maximum:g}",
         "Versions": escape(", ".join(_versions())),
     }
+    if "notes" in evaluation:
+        facts["Protocol"] = escape("; ".join(f"{what}: {note}" for what, note in evaluation["notes"].items()))
     seconds = [m["seconds"] for m in metrics if finite(m.get("seconds"))]
     if seconds:
         facts["Training"] = f"{len(seconds):,} epochs in {sum(seconds):,.0f} s"

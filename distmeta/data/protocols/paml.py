@@ -20,10 +20,10 @@ from distmeta.errors import UserError
 QUERY_SHARE = 0.2
 AGES = (10, 100)
 """Ages kept, of a numeric field `age`; a categorical one holds age groups."""
-LOCATIONS = ("location", "city", "state", "country")
+LOCATIONS = ("location", "city", "state", "region", "country")
 """Categorical fields that hold a place."""
-GARBLED = r"[^\p{L}\p{M}\p{N}\s.,'`&/()-]|^\P{L}*$"
-"""A place is garbled where it has another character than names have, or no letter at all."""
+GARBLED = r"[^\p{L}\p{M}\p{N}\s.,:'’`&/()_-]|^[^\p{L}\p{N}]*$"
+"""A place is garbled where it has a character that neither names nor codes have, or no letter and no digit."""
 
 _OTHER = 3
 """`Plan.group` of users who are not among the least active; from _DROPPED on: REASONS."""

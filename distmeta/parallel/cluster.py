@@ -26,11 +26,11 @@ _SETTINGS = {
 
 
 @contextlib.contextmanager
-def connected(needed: int, threads: int, gpu: bool, log: Callable[[str], None] = print) -> Iterator[None]:
+def connected(needed: int, threads: int, gpu: bool, wait: int, log: Callable[[str], None] = print) -> Iterator[None]:
     """Be connected to the cluster at RAY_ADDRESS, or to one of its own on this machine, which ends with this block.
 
     Args:
-        needed: workers that must fit. threads: CPUs of each.
+        needed: workers that must fit. threads: CPUs of each. wait: seconds to wait for nodes.
 
     Raises:
         UserError: no cluster answers at the address, it refuses the token, or it is too small.
@@ -40,7 +40,7 @@ def connected(needed: int, threads: int, gpu: bool, log: Callable[[str], None] =
         os.environ.setdefault(name, value)
     already = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     if already:  # the connection of a program that calls us, which is not ours to end
-        _await(needed, threads, gpu, log)
+        _await(needed, threads, gpu, wait, log)
         yield
         return
     if not address and needed * threads > cores():
@@ -64,7 +64,7 @@ def connected(needed: int, threads: int, gpu: bool, log: Callable[[str], None] =
     except Exception as e:
         raise _refused(address, e) from e
     try:
-        _await(needed, threads, gpu, log)
+        _await(needed, threads, gpu, wait, log)
         yield
     finally:
         ray.shutdown()
@@ -113,11 +113,11 @@ def _first(e: Exception) -> str:
     return str(e).strip().split("\n")[0] or type(e).__name__
 
 
-def _await(needed: int, threads: int, gpu: bool, log: Callable[[str], None]) -> None:
+def _await(needed: int, threads: int, gpu: bool, wait: int, log: Callable[[str], None]) -> None:
     """Wait until the cluster has what the workers need, and ask its autoscaler for it.
 
     Raises:
-        UserError: it has not after WAIT_S seconds.
+        UserError: it has not after `wait` seconds.
     """
     import ray
     from ray.autoscaler.sdk import request_resources
@@ -133,10 +133,10 @@ def _await(needed: int, threads: int, gpu: bool, log: Callable[[str], None]) -> 
             return
         name = short[0]
         text = f"{needed} workers need {want[name]:.0f} {name}s, the cluster has {have.get(name, 0):.0f}"
-        if waited > WAIT_S:
-            raise UserError(f"{text} after {WAIT_S} s; use fewer --workers, or add nodes to the cluster")
+        if waited > wait:
+            raise UserError(f"{text} after {wait} s; use fewer --workers, or add nodes, or --wait longer")
         if waited >= told:
             request_resources(bundles=[bundle] * needed)
-            log(f"{text}; waiting ({waited:.0f} of {WAIT_S} s)")
+            log(f"{text}; waiting ({waited:.0f} of {wait} s)")
             told = waited + 10
         time.sleep(0.5)

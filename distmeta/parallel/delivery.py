@@ -24,6 +24,7 @@ from distmeta.data.protocols import SPLITS
 from distmeta.data.tasktable import TaskTable
 from distmeta.errors import RunError, UserError
 
+
 @dataclass(frozen=True)
 class Part:
     """What one read task reads: a shard of a split, whole or some of its row groups."""
@@ -102,7 +103,7 @@ def materialise(table: TaskTable, dataset: dataset_schema.Dataset, memory: int) 
 
 def _fits(table: TaskTable, dataset: dataset_schema.Dataset, split: str, memory: int) -> bool:
     count = table.counts[split]
-    return 0 < count["tasks"] and pools.estimate(count["tasks"], count["rows"], dataset) <= memory
+    return count["tasks"] > 0 and pools.estimate(count["tasks"], count["rows"], dataset) <= memory
 
 
 def sentence(e: BaseException | None) -> UserError | RunError | None:

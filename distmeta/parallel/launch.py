@@ -1,5 +1,6 @@
 """The driver's side of training on Ray: start the workers, show what they say, turn what goes wrong into sentences."""
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -33,16 +34,17 @@ def run_workers(
         RunError: training failed, or workers died more often than --max-failures.
     """
     least, most = workers(config)
+    o = config.train
     if most > table.shards:
         raise UserError(
             f"--workers {most}: the task table has {table.shards} shards, and a worker needs one of its own"
         )
-    for attempt in range(config.train.max_failures + 1):
-        with cluster.connected(least, config.train.threads, config.train.gpu, log):
+    for attempt in range(o.max_failures + 1):
+        with cluster.connected(least, o.threads, o.gpu, o.wait, log):
             try:
                 return _fit(config, run, table, log, learn)
             except _ControllerLost as e:
-                if attempt == config.train.max_failures:
+                if attempt == o.max_failures:
                     raise _given_up(config, run, [f"Ray's controller: {_line(e)}"]) from e
                 log("Ray's controller of the workers died; starting again from the newest checkpoint")
     raise AssertionError
@@ -124,7 +126,9 @@ def _ray_config(config: Config, run: Location, callback: Any) -> dict[str, Any]:
             name=f"launch-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             storage_path=storage.path,
             storage_filesystem=None if storage.is_local else storage.fs,
-            failure_config=FailureConfig(max_failures=o.max_failures, controller_failure_limit=2),
+            failure_config=FailureConfig(
+                max_failures=o.max_failures, controller_failure_limit=math.ceil(o.wait / cluster.START_S)
+            ),
             callbacks=[callback],
         ),
     }

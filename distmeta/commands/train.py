@@ -53,7 +53,9 @@ def main(argv: Sequence[str]) -> int:
     dataset = Dataset.open(place)
     if dataset.label.kind not in FLOORS:
         learned = " and ".join(FLOORS)
-        raise UserError(f"{place}: its labels are of kind {dataset.label.kind}; the methods here learn {learned} labels")
+        raise UserError(
+            f"{place}: its labels are of kind {dataset.label.kind}; the methods here learn {learned} labels"
+        )
     run = run or rundir.default(config.method, dataset.name)
     table = tasktable.make(place, config.data.protocol, config.data.split_seed, protocols.protocol_options(config.data))
     config = _settled(config, run, place)

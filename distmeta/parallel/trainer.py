@@ -161,7 +161,7 @@ class _Training:
         """All sweeps of a closed-form method, one validation, one checkpoint; nothing where that exists."""
         if not self.step:
             with self.times.phase("adapt"):
-                fit_closed_form(self.method, lambda sweep: self._reading(self.tasks.evaluation()), self.exchange.sums)
+                fit_closed_form(self.method, lambda sweep: self._reading(self.tasks.evaluation()), self._sums)
             self.times.step()
             self.progress.tasks = float(self.tasks.n_tasks * self.method.sweeps)
             self.step = self.method.sweeps
@@ -254,6 +254,10 @@ class _Training:
             if batch is None:
                 return
             yield batch
+
+    def _sums(self, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+        with self.times.phase("exchange"):
+            return self.exchange.sums(statistics)
 
     # ---- what is kept
 

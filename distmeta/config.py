@@ -27,6 +27,7 @@ FREE = frozenset(
             "resume",
             "workers",
             "max_failures",
+            "wait",
             "exchange_timeout",
             "epochs",
             "patience",
@@ -92,6 +93,9 @@ class TrainOptions:
     )
     max_failures: int = option(
         10, "Losses of workers or nodes that a run on --workers outlives, from the newest checkpoint each.", least=0
+    )
+    wait: int = option(
+        180, "Seconds to wait for nodes that --workers need, at the start and after a loss (autoscaling).", least=1
     )
     exchange_timeout: int = option(
         300, "Seconds that workers wait for one that hangs before all are restarted (--workers).", least=1

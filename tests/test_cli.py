@@ -39,7 +39,7 @@ def failing(capsys, argv: list[str], status: int = 2) -> str:
         (["train", "--lr", "nan"], ["--lr must be a finite number"]),
         (["train", "--hidden", "8", "x"], ["--hidden", "invalid int value: 'x'"]),
         (["train", "--protocol", "cmml"], ["--protocol is 'cmml'", "did you mean cmml-user?"]),
-        (["train", "--workers", "2"], ["--workers 2", "Ray trainer", "use --workers 0"]),
+        (["train", "--workers", "2:"], ["--workers", "2:", "a number of workers, or A:B"]),
         (["train", "--resume"], ["--resume needs --run"]),
         (["train", "--resume", "--run", "nowhere"], ["nowhere: no run here"]),
         (["train", "--config", "nowhere.yaml"], ["nowhere.yaml: no such config file"]),

@@ -142,7 +142,9 @@ def change(config: Config, section: str, **values) -> Config:
 def test_fixed_is_what_decides_the_parameters():
     config = load(None, "melu", {})
     same = [
-        change(config, "train", run="x", resume=True, epochs=99, patience=0, threads=3, workers=2, checkpoint_steps=4),
+        change(
+            config, "train", run="x", resume=True, epochs=99, patience=0, threads=3, workers="2", checkpoint_steps=4
+        ),
         change(config, "data", data="elsewhere"),
     ]
     other = [

@@ -15,8 +15,9 @@ from torch import Tensor
 from distmeta import config as config_module
 from distmeta.data.schema import Dataset, Field, Label
 from distmeta.errors import UserError
+from distmeta.exchange import Exchange
 from distmeta.parallel import checkpoint, trainer
-from distmeta.parallel.update import Exchange, MetaUpdate, NotFinite
+from distmeta.parallel.update import MetaUpdate, NotFinite
 from distmeta.storage import Location
 from distmeta.tasks import TaskBatch
 

@@ -73,7 +73,7 @@ def test_cache_is_used_and_made_again_where_it_is_wrong(
     table = make(small, "cmml-user", 8, {})
     fits = []
     real = evaluation.fit_closed_form
-    monkeypatch.setattr(evaluation, "fit_closed_form", lambda m, b: (fits.append(m.name), real(m, b)))
+    monkeypatch.setattr(evaluation, "fit_closed_form", lambda m, *more: (fits.append(m.name), real(m, *more)))
 
     def again(made: int) -> pl.DataFrame:
         fits.clear()

@@ -14,9 +14,10 @@ import tiny
 
 from distmeta.data.loader import Loader
 from distmeta.errors import RunError
+from distmeta.exchange import Exchange
 from distmeta.parallel import checkpoint, timing, trainer
 from distmeta.parallel.timing import OF_A_STEP, PHASES, Times, together
-from distmeta.parallel.update import Exchange, MetaUpdate
+from distmeta.parallel.update import MetaUpdate
 from distmeta.parallel.validation import read_metrics
 from distmeta.storage import Location
 

@@ -16,10 +16,11 @@ import torch
 from distmeta import config as config_module
 from distmeta.data.schema import Dataset, Field, Label
 from distmeta.errors import RunError, UserError
+from distmeta.exchange import Exchange
 from distmeta.parallel import checkpoint, trainer
 from distmeta.parallel.progress import Progress, clock, number
 from distmeta.parallel.timing import PHASES
-from distmeta.parallel.update import Exchange, MetaUpdate
+from distmeta.parallel.update import MetaUpdate
 from distmeta.parallel.validation import read_metrics, validate
 from distmeta.storage import Location
 

@@ -17,9 +17,9 @@ from distmeta.config import Config
 from distmeta.data import protocols, tasktable
 from distmeta.data.schema import Dataset
 from distmeta.data.tasktable import TaskTable
+from distmeta.exchange import Exchange
 from distmeta.methods import METHODS, Entry
 from distmeta.methods.base import Method
-from distmeta.parallel.update import Exchange
 from distmeta.storage import Location
 from distmeta.tasks import Bag, Rows, TaskBatch, TaskBlock
 

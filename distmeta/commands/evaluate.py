@@ -1,23 +1,25 @@
 """`evaluate`: the best checkpoint of a run on tasks it has not seen, beside the floors; evaluation.json and report."""
 
 import argparse
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distmeta import config as config_module
 from distmeta import process
 from distmeta.cli import Parser
-from distmeta.config import Config
+from distmeta.config import Config, TrainOptions
 from distmeta.data import protocols, tasktable
 from distmeta.data.schema import Dataset
 from distmeta.data.tasktable import TaskTable
 from distmeta.errors import UserError
-from distmeta.methods import FLOORS
+from distmeta.fields import build
 from distmeta.parallel import rundir, submitted
 from distmeta.storage import Location
 
 if TYPE_CHECKING:
     from distmeta.evaluation.measured import Measured
+    from distmeta.parallel.assessment import Assessment
 
     Found = tuple[Measured, dict[str, Measured]]
 
@@ -44,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
         "--run", required=True, nargs="+", metavar="RUN", help="run directories or URIs, made by `train`"
     )
     parser.add_argument("--data", metavar="DATASET", help="where the runs' dataset lies now, if it was moved")
+    parser.add_argument("--workers", metavar="N", default="0", help="Ray workers, as of train [0]")
     args = parser.parse(argv)
     found: list[Found] = []
     for run in args.run:
@@ -55,6 +58,7 @@ def main(argv: Sequence[str]) -> int:
     places = [Location.of(args.data or config.data.data) for config in configs]
     _check_alike(runs, configs, places)
     for run, config, place in zip(runs, configs, places, strict=True):
+        config = _here(config, run, place, args.workers)
         dataset = Dataset.open(place)
         options = protocols.protocol_options(config.data)
         table = tasktable.make(place, config.data.protocol, config.data.split_seed, options)
@@ -65,6 +69,13 @@ def main(argv: Sequence[str]) -> int:
     if len(found) > 1:
         print(f"\nall {len(found)} runs together\n{pooled_table(found)}")
     return 0
+
+
+def _here(config: Config, run: Location, place: Location, workers: str) -> Config:
+    """The run's config with where things lie now and --workers as given; UserError for a wrong number of them."""
+    given = {**dataclasses.asdict(config.train), "run": str(run), "workers": workers}
+    train = build(TrainOptions, given, "evaluate", flags=True)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, data=str(place)), train=train)
 
 
 def _check_alike(runs: Sequence[Location], configs: Sequence[Config], places: Sequence[Location]) -> None:
@@ -101,29 +112,26 @@ def evaluate(config: Config, run: Location, place: Location, dataset: Dataset, t
     Raises:
         UserError: there is no checkpoint, it is damaged, or of another split. RunError: a prediction is not finite.
     """
-    from distmeta.data.loader import read_items
+    from distmeta.parallel import assessment, launch
+
+    if config.train.workers == "0":
+        found = assessment.assess(config, run, dataset, place, table)
+    else:
+        _, found = launch.run_workers(config, run, table, learn=False)
+    return write(config, run, dataset, table, found)
+
+
+def write(config: Config, run: Location, dataset: Dataset, table: TaskTable, given: "Assessment") -> "Found":
+    """Write RUN/evaluation.json and RUN/report.html from what was measured, and print a table."""
     from distmeta.evaluation import evaluate as evaluation
     from distmeta.evaluation import report
-    from distmeta.parallel import checkpoint
-    from distmeta.parallel.update import build_method, device_of, numerics
     from distmeta.parallel.validation import read_metrics
 
-    newest = checkpoint.newest(run)
-    if newest is None:
-        raise UserError(f"{run}: has no complete checkpoint; train on with `train --run {run} --resume`")
-    best = checkpoint.read(run, newest.progress.get("best_step") or newest.step)
-    checkpoint.check_origin(run, best, config, table.split_hash)
-    device = device_of(config.train)
-    with numerics(config.train.threads, device):
-        method = build_method(config, dataset, read_items(place, dataset), device)
-        checkpoint.restore_params(run, best, method, config.method)
-        memory = config.train.memory_mb << 20
-        measured = evaluation.evaluate(method, table, dataset, memory=memory)
-        floors = evaluation.floors(table, dataset, place, FLOORS[dataset.label.kind], memory=memory)
+    measured, floors = given.method, given.floors
     found = evaluation.assemble(config.method, table, config.train.seed, measured, floors)
     (run / "evaluation.json").write_json(found)
     report.write(run, found, read_metrics(run), config_module.to_yaml(config), dataset, measured.errors)
-    print(f"\nbest checkpoint: step {best.step}")
+    print(f"\nbest checkpoint: step {given.step}")
     print(terminal_table(found))
     if bayes := dataset.extra.get("bayes"):
         best = ", ".join(f"{metric} {value:.4f}" for metric, value in bayes.items())

@@ -54,8 +54,9 @@ def main(argv: Sequence[str]) -> int:
     place = Location.of(config.data.data) if config.data.data else _small()
     dataset = Dataset.open(place)
     if dataset.label.kind not in FLOORS:
+        learned = " and ".join(FLOORS)
         raise UserError(
-            f"{place}: its labels are of kind {dataset.label.kind}; the methods here learn {' and '.join(FLOORS)} labels"
+            f"{place}: its labels are of kind {dataset.label.kind}; the methods here learn {learned} labels"
         )
     run = run or rundir.default(config.method, dataset.name)
     table = tasktable.make(place, config.data.protocol, config.data.split_seed, protocols.protocol_options(config.data))
@@ -177,7 +178,7 @@ def _small() -> Location:
 def _drive(config: Config, run: Location, place: Location, dataset: "Dataset", table: Any) -> int:
     """Train, evaluate and finish the run that this process holds."""
     from distmeta.commands import evaluate
-    from distmeta.parallel import checkpoint, trainer
+    from distmeta.parallel import assessment, checkpoint, launch, trainer
 
     before = checkpoint.newest(run)
     if before:
@@ -193,17 +194,17 @@ def _drive(config: Config, run: Location, place: Location, dataset: "Dataset", t
         ).encode()
     )
     print(f"{config.method} on {dataset.name}, {table.protocol}, split {table.split_hash[:12]} -> {run}")
+    found = None
     if config.train.workers == "0":
         outcome = trainer.train(config, run, dataset, place, table)
     else:
-        from distmeta.parallel import launch
-
-        outcome = launch.train(config, run, table)
+        outcome, found = launch.run_workers(config, run, table)
+        assert outcome
     if summary and before and before.step == outcome.steps:
         finish.write_json(summary)
         print(f"{run}: was finished already (best step {outcome.best_step}); report: {run / 'report.html'}")
         return 0
-    evaluate.evaluate(config, run, place, dataset, table)
+    evaluate.write(config, run, dataset, table, found or assessment.assess(config, run, dataset, place, table))
     summary = {
         "status": "finished",
         "method": config.method,

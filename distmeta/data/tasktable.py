@@ -97,7 +97,7 @@ class TaskTable:
         """
         parts = self._parts(split)
         wanted = sorted(parts) if shards is None else [s for s in shards if s in parts]
-        names, again = self._columns(columns), _again(self.location)
+        names, again = self.columns(columns), _again(self.location)
         return [read_part(self.location / parts[s]["path"], names, parts[s]["rows"], again) for s in wanted]
 
     def groups(self, split: str) -> list[list[tuple[int, int]]]:
@@ -120,7 +120,7 @@ class TaskTable:
         Raises:
             UserError: as `read`; there is no such row group.
         """
-        parts, names, again = self._parts(split), self._columns(columns), _again(self.location)
+        parts, names, again = self._parts(split), self.columns(columns), _again(self.location)
         for s, groups in wanted:
             yield read_part(self.location / parts[s]["path"], names, parts[s]["rows"], again, groups)
 
@@ -130,9 +130,9 @@ class TaskTable:
             raise UserError(f"{self.location}: no split {split!r}; splits: {' '.join(SPLITS)}")
         return {f["shard"]: f for f in self.files if f["split"] == split}
 
-    def _columns(self, columns: Sequence[str] | None) -> list[str]:
+    def columns(self, listed: Sequence[str] | None = None) -> list[str]:
         """The columns to read: those listed, or all."""
-        return list(columns or (*FIXED, *(f["name"] for f in self.dataset["user_fields"])))
+        return list(listed or (*FIXED, *(f["name"] for f in self.dataset["user_fields"])))
 
 
 def make(

@@ -22,6 +22,7 @@ from distmeta.evaluation import significance
 from distmeta.evaluation.cohorts import cohorts, groups, matched
 from distmeta.evaluation.measured import ErrorHistogram, Measured
 from distmeta.evaluation.metrics import CLICK_COLUMNS, CUTOFFS, click_sums, error_sums, ndcg
+from distmeta.exchange import Exchange
 from distmeta.methods import entry, method_class
 from distmeta.methods.base import Method, fit_closed_form
 from distmeta.storage import Location
@@ -137,28 +138,28 @@ def _row_cohorts(table: TaskTable, split: str, shards: Sequence[int]) -> pl.Data
 
 
 def evaluate(
-    method: Method,
-    table: TaskTable,
-    dataset: Dataset,
-    *,
-    rank: int = 0,
-    world: int = 1,
-    memory: int | None = None,
+    method: Method, table: TaskTable, dataset: Dataset, exchange: Exchange | None = None, memory: int | None = None
 ) -> Measured:
-    """`measure` on every split that is evaluated and that the table has, or on one worker's tasks of them.
-
-    `Measured.concat` of all workers' is, but for the rounding of a task's sums, what one worker measures.
+    """`measure` on every split that is evaluated and that the table has; each worker measures its tasks of them.
 
     Args:
         memory: the loaders' bound, in bytes.
+
+    Returns:
+        All workers' together, the same on all; but for the rounding of a task's sums, what one worker measures.
+
+    Raises:
+        RunError: a prediction is not finite.
     """
-    mine = [v for v in range(table.shards) if v % world == rank]
+    e = exchange or Exchange()
+    mine = [v for v in range(table.shards) if v % e.world == e.rank]
     parts = []
     for split in SPLITS:
-        loader = Loader(table, dataset, split, BATCH, rank=rank, world=world, memory=memory)
+        loader = Loader(table, dataset, split, BATCH, rank=e.rank, world=e.world, memory=memory)
         if loader.n_tasks or split == "test":
             parts.append(measure(method, loader, dataset.label, split, _row_cohorts(table, split, mine)))
-    return Measured.concat(parts)
+    everyone = e.gather(Measured.concat(parts).to_ipc())
+    return Measured.concat([Measured.from_ipc(data) for data in everyone])
 
 
 def floors(
@@ -166,26 +167,30 @@ def floors(
     dataset: Dataset,
     dataset_location: Location,
     names: Sequence[str],
+    exchange: Exchange | None = None,
     memory: int | None = None,
 ) -> dict[str, Measured]:
     """What the floors measure, by name: fitted on the split train only, with their default options.
 
     Each is kept at TABLE/floors/NAME-HASH.arrow, with a manifest written after it, and made again where the
-    file is damaged or the split or the options differ.
+    file is damaged or the split or the options differ. Workers make together what rank 0 does not find, and
+    only rank 0 has them all.
 
     Args:
         memory: the loaders' bound, in bytes.
     """
-    found = {name: _cached(table, name) for name in names}
-    missing = [name for name in names if found[name] is None]
+    e = exchange or Exchange()
+    found = {name: _cached(table, name) if e.rank == 0 else None for name in names}
+    missing = json.loads(e.gather(json.dumps([name for name in names if found[name] is None]).encode())[0])
     items = read_items(dataset_location, dataset) if missing else {}
     for name in missing:
         chosen = entry(name)
         method = method_class(name)(chosen.options(), dataset, items)
-        train = Loader(table, dataset, "train", BATCH, memory=memory)
-        fit_closed_form(method, lambda sweep, train=train: train.evaluation())
-        found[name] = measured = evaluate(method, table, dataset, memory=memory)
-        _keep(table, name, measured)
+        train = Loader(table, dataset, "train", BATCH, rank=e.rank, world=e.world, memory=memory)
+        fit_closed_form(method, lambda sweep, train=train: train.evaluation(), e.sums)
+        found[name] = measured = evaluate(method, table, dataset, e, memory)
+        if e.rank == 0:
+            _keep(table, name, measured)
     return {name: measured for name, measured in found.items() if measured is not None}
 
 

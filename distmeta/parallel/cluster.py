@@ -20,8 +20,8 @@ from distmeta.parallel.update import cores
 T = TypeVar("T")
 
 NAMESPACE = "distmeta"
-WAIT_S = 60
-"""Seconds to wait for a cluster's resources, where an autoscaler may be adding nodes."""
+START_S = 60
+"""Seconds after which Ray Train gives up a start of workers, to try again with what nodes there are then."""
 
 _ANSWER_S = 5
 """Seconds to wait for a cluster's answer."""
@@ -30,17 +30,17 @@ _TOKENS = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # 2 s by default, of which a failure or a report waits for one
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(WAIT_S),
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START_S),
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
 }
 
 
 @contextlib.contextmanager
-def connected(needed: int, threads: int, gpu: bool, log: Callable[[str], None] = print) -> Iterator[None]:
+def connected(needed: int, threads: int, gpu: bool, wait: int, log: Callable[[str], None] = print) -> Iterator[None]:
     """Be connected to the cluster at RAY_ADDRESS, or to one of its own on this machine, which ends with this block.
 
     Args:
-        needed: workers that must fit. threads: CPUs of each.
+        needed: workers that must fit. threads: CPUs of each. wait: seconds to wait for nodes.
 
     Raises:
         UserError: no cluster answers at the address, it refuses the token, or it is too small.
@@ -50,7 +50,7 @@ def connected(needed: int, threads: int, gpu: bool, log: Callable[[str], None] =
         os.environ.setdefault(name, value)
     already = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     if already:  # the connection of a program that calls us, which is not ours to end
-        _await(needed, threads, gpu, log)
+        _await(needed, threads, gpu, wait, log)
         yield
         return
     address = _address()
@@ -66,7 +66,7 @@ def connected(needed: int, threads: int, gpu: bool, log: Callable[[str], None] =
         try:
             _connect(address)
             _on_sigterm()
-            _await(needed, threads, gpu, log)
+            _await(needed, threads, gpu, wait, log)
             yield
         finally:
             ray.shutdown()
@@ -215,11 +215,11 @@ def _refused(address: str, e: Exception) -> UserError | RunError:
     return RunError(f"Ray does not start on this machine: {text}")
 
 
-def _await(needed: int, threads: int, gpu: bool, log: Callable[[str], None]) -> None:
+def _await(needed: int, threads: int, gpu: bool, wait: int, log: Callable[[str], None]) -> None:
     """Wait until the cluster has what the workers need, and ask its autoscaler for it.
 
     Raises:
-        UserError: it has not after WAIT_S seconds.
+        UserError: it has not after `wait` seconds.
     """
     import ray
     from ray.autoscaler.sdk import request_resources
@@ -235,10 +235,10 @@ def _await(needed: int, threads: int, gpu: bool, log: Callable[[str], None]) -> 
             return
         name = short[0]
         text = f"{needed} workers need {want[name]:.0f} {name}s, the cluster has {have.get(name, 0):.0f}"
-        if waited > WAIT_S:
-            raise UserError(f"{text} after {WAIT_S} s; use fewer --workers, or add nodes to the cluster")
+        if waited > wait:
+            raise UserError(f"{text} after {wait} s; use fewer --workers, or add nodes, or --wait longer")
         if waited >= told:
             request_resources(bundles=[bundle] * needed)
-            log(f"{text}; waiting ({waited:.0f} of {WAIT_S} s)")
+            log(f"{text}; waiting ({waited:.0f} of {wait} s)")
             told = waited + 10
         time.sleep(0.5)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distmeta.parallel.update import Exchange
+from distmeta.exchange import Exchange
 
 
 class ExchangeBroken(RuntimeError):

@@ -6,7 +6,7 @@ Reading inside `DataConfig.configure` instead needs CPUs that the workers hold a
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,23 +18,31 @@ from ray.data import DataContext, Dataset, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from distmeta import draws
+from distmeta.data import pools
+from distmeta.data import schema as dataset_schema
 from distmeta.data.protocols import SPLITS
 from distmeta.data.tasktable import TaskTable
-from distmeta.errors import UserError
+from distmeta.errors import RunError, UserError
 
-Part = tuple[str, int]
-"""Split and shard."""
+
+@dataclass(frozen=True)
+class Part:
+    """What one read task reads: a shard of a split, whole or some of its row groups."""
+
+    split: str
+    shard: int
+    groups: Sequence[int] | None = None
 
 
 class TaskParts(Datasource):
-    """Ray Data's reader of a task table: one read task a part, with the checks of TaskTable.read.
+    """Ray Data's reader of a task table: one read task a part, with the checks of TaskTable.
 
     Not `read_parquet`: it has no switch for the page checksums, without which a third of flipped bits are read as
     other numbers, and it packs all parts of a small table into one task.
     """
 
-    def __init__(self, table: TaskTable, parts: Sequence[Part]) -> None:
-        self.table, self.parts = table, parts
+    def __init__(self, table: TaskTable, parts: Sequence[Part], columns: Sequence[str]) -> None:
+        self.table, self.parts, self.columns = table, parts, columns
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Unknown: Parquet is encoded and compressed."""
@@ -42,34 +50,40 @@ class TaskParts(Datasource):
 
     def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
         """One a part, in the order given."""
-        rows = {(f["split"], f["shard"]): f["rows"] for f in self.table.files}
-        tasks = []
-        for split, shard in self.parts:
-            meta = BlockMetadata(num_rows=rows[split, shard], size_bytes=None, input_files=None, exec_stats=None)
-            tasks.append(ReadTask(_reader(self.table, split, shard), meta))
-        return tasks
+        meta = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        return [ReadTask(_reader(self.table, part, self.columns), meta) for part in self.parts]
 
 
-def _reader(table: TaskTable, split: str, shard: int) -> Callable[[], Iterable[pa.Table]]:
-    return lambda: table.read(split, [shard])
+def _reader(table: TaskTable, part: Part, columns: Sequence[str]) -> Callable[[], Iterable[pa.Table]]:
+    if part.groups is None:
+        return lambda: table.read(part.split, [part.shard], columns)
+    return lambda: table.stream(part.split, [(part.shard, part.groups or ())], columns)
 
 
-def read(table: TaskTable, parts: Sequence[Part]) -> Dataset:
+def _columns(table: TaskTable) -> list[str]:
+    """What a worker may ask for: all but the user's index and the times, which only protocols look at."""
+    return [name for name in table.columns() if name not in ("user", "time")]
+
+
+def read(table: TaskTable, parts: Sequence[Part], columns: Sequence[str]) -> Dataset:
     """The parts one after another, read when it is executed.
 
     The read tasks ask for no CPU: the workers hold them all, and tasks that want one would wait for ever, also those
     that read again what was lost with a node.
     """
     return ray.data.read_datasource(
-        TaskParts(table, parts),
+        TaskParts(table, parts, columns),
         override_num_blocks=len(parts),
         num_cpus=0,
         concurrency=max(1, int(ray.cluster_resources().get("CPU", 1))),
     )
 
 
-def materialise(table: TaskTable) -> dict[str, Any]:
-    """All tasks of a table in the object store: split -> Dataset of its shards, one after another, each as stored.
+def materialise(table: TaskTable, dataset: dataset_schema.Dataset, memory: int) -> dict[str, Any]:
+    """The tasks of a table in the object store: split -> Dataset of its shards, one after another, each as stored.
+
+    Args:
+        memory: bytes; splits that take more are left out, workers stream them.
 
     Raises:
         UserError: a part is missing or damaged, or cannot be read on a node of the cluster.
@@ -78,11 +92,29 @@ def materialise(table: TaskTable) -> dict[str, Any]:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
-    sizes = {split: table.sizes(split) for split in SPLITS if sum(table.sizes(split))}
-    parts = [(split, v) for split, rows in sizes.items() for v in range(table.shards) if rows[v]]
-    whole = read(table, parts).materialize()
+    sizes = {split: table.sizes(split) for split in SPLITS if _fits(table, dataset, split, memory)}
+    parts = [Part(split, v) for split, rows in sizes.items() for v in range(table.shards) if rows[v]]
+    if not parts:
+        return {}
+    whole = read(table, parts, _columns(table)).materialize()
     ends = np.cumsum([sum(rows) for rows in sizes.values()])[:-1].tolist()
     return dict(zip(sizes, _cut(whole, ends), strict=True))
+
+
+def _fits(table: TaskTable, dataset: dataset_schema.Dataset, split: str, memory: int) -> bool:
+    count = table.counts[split]
+    return count["tasks"] > 0 and pools.estimate(count["tasks"], count["rows"], dataset) <= memory
+
+
+def sentence(e: BaseException | None) -> UserError | RunError | None:
+    """Our own sentence inside what Ray has wrapped around it, if there is one."""
+    while e is not None:
+        inner = getattr(e, "cause", None)
+        for candidate in (inner, e):
+            if isinstance(candidate, UserError | RunError):
+                return (UserError if isinstance(candidate, UserError) else RunError)(str(inner or candidate))
+        e = e.__cause__ or e.__context__
+    return None
 
 
 def _cut(dataset: Dataset, ends: list[int]) -> Sequence[Dataset]:
@@ -117,10 +149,13 @@ class ShardConfig(ray.train.DataConfig):
 class DeliveredTable(TaskTable):
     """A task table in a worker: its manifest from disk, its rows from Ray Data."""
 
+    delivered: frozenset[str] = frozenset()
+    """Splits that Ray Train hands out; the worker has the others read when it wants them."""
+
     def read(
         self, split: str, shards: Sequence[int] | None = None, columns: Sequence[str] | None = None
     ) -> list[pa.Table]:
-        """As TaskTable.read, of shards that were delivered to this worker.
+        """As TaskTable.read, of shards that were delivered to this worker; splits that were not are streamed.
 
         Raises:
             UserError: what came is not what the manifest says.
@@ -129,16 +164,49 @@ class DeliveredTable(TaskTable):
         wanted = [v for v in (range(self.shards) if shards is None else shards) if sizes[v]]
         if not wanted:
             return []
-        shard_of_rank: Any = ray.train.get_dataset_shard(split)
-        blocks = shard_of_rank.iter_batches(batch_size=None, batch_format="pyarrow")
-        whole = pa.concat_tables(blocks).combine_chunks()
+        if split not in self.delivered:
+            return list(self._ahead([Part(split, v) for v in wanted], [sizes[v] for v in wanted], columns))
+        given: Any = ray.train.get_dataset_shard(split)
+        whole = pa.concat_tables(given.iter_batches(batch_size=None, batch_format="pyarrow"))
         shard = draws.hashed(whole["task"].to_numpy(), purpose="shard") % np.uint64(self.shards)
         whole = whole.select(list(columns)) if columns else whole
         tables = [whole.filter(pa.array(shard == v)) for v in wanted]
         for v, table in zip(wanted, tables, strict=True):
             if len(table) != sizes[v]:
-                raise UserError(
-                    f"{self.location}: {len(table)} tasks of {split} shard {v} came to this worker, not {sizes[v]};"
-                    " the table changed while it was read, start the run again"
-                )
+                raise UserError(self._changed(split, v, len(table), sizes[v]))
         return tables
+
+    def stream(
+        self, split: str, wanted: Iterable[tuple[int, Sequence[int]]], columns: Sequence[str] | None = None
+    ) -> Iterator[pa.Table]:
+        """As TaskTable.stream, read by Ray Data's tasks some pieces ahead of their use."""
+        parts = [Part(split, v, tuple(groups)) for v, groups in wanted]
+        tasks = [[n for n, _ in groups] for groups in self.groups(split)]
+        yield from self._ahead(parts, [sum(tasks[p.shard][g] for g in p.groups or ()) for p in parts], columns)
+
+    def _ahead(self, parts: Sequence[Part], sizes: Sequence[int], columns: Sequence[str] | None) -> Iterator[pa.Table]:
+        """One table a part; Ray Data hands out blocks, of which a large part has several."""
+        if not parts:
+            return
+        plain = TaskTable(**{k: v for k, v in vars(self).items() if k != "delivered"})
+        there: Any = read(plain, parts, columns or _columns(self))
+        blocks = iter(there.iter_batches(batch_size=None, batch_format="pyarrow"))
+        for part, size in zip(parts, sizes, strict=True):
+            got: list[pa.Table] = []
+            while (have := sum(map(len, got))) < size:
+                try:
+                    block = next(blocks, None)
+                except Exception as e:
+                    raise sentence(e) or e from None
+                if block is None:
+                    break
+                got.append(block)
+            if have != size:
+                raise UserError(self._changed(part.split, part.shard, have, size))
+            yield pa.concat_tables(got)
+
+    def _changed(self, split: str, shard: int, have: int, want: int) -> str:
+        return (
+            f"{self.location}: {have} tasks of {split} shard {shard} came to this worker, not {want}; the table"
+            " changed while it was read, start the run again"
+        )

@@ -1,5 +1,6 @@
 """The driver's side of training on Ray: start the workers, show what they say, turn what goes wrong into sentences."""
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -7,9 +8,12 @@ from typing import Any
 
 from distmeta import config as config_module
 from distmeta.config import Config
+from distmeta.data.schema import Dataset
 from distmeta.data.tasktable import TaskTable
 from distmeta.errors import RunError, UserError
+from distmeta.evaluation.measured import Measured
 from distmeta.parallel import cluster
+from distmeta.parallel.assessment import Assessment
 from distmeta.parallel.trainer import Outcome
 from distmeta.storage import Location
 
@@ -20,24 +24,27 @@ def workers(config: Config) -> tuple[int, int]:
     return int(least), int(most or least)
 
 
-def train(config: Config, run: Location, table: TaskTable, log: Callable[[str], None] = print) -> Outcome:
-    """Train on --workers Ray Train workers; as trainer.train, but for where the work is done.
+def run_workers(
+    config: Config, run: Location, table: TaskTable, log: Callable[[str], None] = print, *, learn: bool = True
+) -> tuple[Outcome | None, Assessment]:
+    """Train (`learn`) and measure a run on --workers Ray Train workers: trainer.train and assess, elsewhere.
 
     Raises:
         UserError: no cluster, too small a cluster, more workers than shards, data that a worker cannot read.
         RunError: training failed, or workers died more often than --max-failures.
     """
     least, most = workers(config)
+    o = config.train
     if most > table.shards:
         raise UserError(
             f"--workers {most}: the task table has {table.shards} shards, and a worker needs one of its own"
         )
-    for attempt in range(config.train.max_failures + 1):
-        with cluster.connected(least, config.train.threads, config.train.gpu, log):
+    for attempt in range(o.max_failures + 1):
+        with cluster.connected(least, o.threads, o.gpu, o.wait, log):
             try:
-                return _fit(config, run, table, log)
+                return _fit(config, run, table, log, learn)
             except _ControllerLost as e:
-                if attempt == config.train.max_failures:
+                if attempt == o.max_failures:
                     raise _given_up(config, run, [f"Ray's controller: {_line(e)}"]) from e
                 log("Ray's controller of the workers died; starting again from the newest checkpoint")
     raise AssertionError
@@ -47,7 +54,9 @@ class _ControllerLost(Exception):
     """The process that starts and watches the workers is gone, with its workers."""
 
 
-def _fit(config: Config, run: Location, table: TaskTable, log: Callable[[str], None]) -> Outcome:
+def _fit(
+    config: Config, run: Location, table: TaskTable, log: Callable[[str], None], learn: bool
+) -> tuple[Outcome | None, Assessment]:
     """One `fit()` of Ray Train, which itself starts new workers for lost ones."""
     import ray
     from ray.exceptions import RayActorError
@@ -58,21 +67,28 @@ def _fit(config: Config, run: Location, table: TaskTable, log: Callable[[str], N
     from distmeta.parallel import delivery, worker
 
     try:
-        datasets = delivery.materialise(table)
+        dataset = Dataset.open(Location.of(config.data.data))
+        datasets = delivery.materialise(table, dataset, config.train.memory_mb << 20)
     except Exception as e:
-        raise _cause(e) or e from None
+        raise delivery.sentence(e) or e from None
     board = boards.create()
     watch = boards.Watch(board, log, 0.9 * config.train.exchange_timeout)
-    error, outcome = None, None
+    error, found = None, None
     try:
         trainer = TorchTrainer(
             worker.run,
-            train_loop_config={"config": config_module.plain(config), "table": str(table.location), "board": board},
+            train_loop_config={
+                "config": config_module.plain(config),
+                "table": str(table.location),
+                "delivered": list(datasets),
+                "learn": learn,
+                "board": board,
+            },
             datasets=datasets,
             dataset_config=delivery.ShardConfig({split: table.sizes(split) for split in datasets}),
             **_ray_config(config, run, boards.Deaths(board)),
         )
-        outcome = cluster.interruptible(trainer.fit).return_value
+        found = cluster.interruptible(trainer.fit).return_value
     except TrainingFailedError as e:
         error = e
     except RayActorError as e:
@@ -85,9 +101,11 @@ def _fit(config: Config, run: Location, table: TaskTable, log: Callable[[str], N
         raise (UserError if kind == "UserError" else RunError)(sentence)
     if error:
         raise _failed(config, run, error) from error
-    if outcome is None:
+    if found is None:
         raise RunError(f"{run}: the workers ended without a result; `train --run {run} --resume` goes on")
-    return Outcome(**outcome)
+    floors = {name: Measured.from_ipc(data) for name, data in found["floors"].items()}
+    outcome = Outcome(**found["outcome"]) if found["outcome"] else None
+    return outcome, Assessment(found["step"], Measured.from_ipc(found["method"]), floors)
 
 
 def _ray_config(config: Config, run: Location, callback: Any) -> dict[str, Any]:
@@ -108,22 +126,12 @@ def _ray_config(config: Config, run: Location, callback: Any) -> dict[str, Any]:
             name=f"launch-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             storage_path=storage.path,
             storage_filesystem=None if storage.is_local else storage.fs,
-            failure_config=FailureConfig(max_failures=o.max_failures, controller_failure_limit=2),
+            failure_config=FailureConfig(
+                max_failures=o.max_failures, controller_failure_limit=math.ceil(o.wait / cluster.START_S)
+            ),
             callbacks=[callback],
         ),
     }
-
-
-def _cause(e: BaseException | None) -> UserError | RunError | None:
-    """Our own sentence inside what Ray has wrapped around it."""
-    while e is not None:
-        inner = getattr(e, "cause", None)
-        for candidate in (e, inner):
-            if isinstance(candidate, UserError | RunError):
-                kind = UserError if isinstance(candidate, UserError) else RunError
-                return kind(str(inner or candidate))
-        e = e.__cause__ or e.__context__
-    return None
 
 
 def _failed(config: Config, run: Location, e: Exception) -> RunError:

@@ -24,11 +24,12 @@ from distmeta.data.loader import Loader, read_items
 from distmeta.data.schema import Dataset, Label
 from distmeta.data.tasktable import TaskTable
 from distmeta.errors import RunError, UserError
+from distmeta.exchange import Exchange
 from distmeta.methods.base import Method, fit_closed_form
 from distmeta.parallel import checkpoint as checkpoints
 from distmeta.parallel.progress import Progress, clock, number
 from distmeta.parallel.timing import PHASES, Times, together
-from distmeta.parallel.update import Exchange, MetaUpdate, NotFinite, build_method, device_of, numerics
+from distmeta.parallel.update import MetaUpdate, NotFinite, build_method, device_of, numerics
 from distmeta.parallel.validation import read_metrics, validate, write_metrics
 from distmeta.storage import Location
 from distmeta.tasks import TaskBatch
@@ -161,7 +162,7 @@ class _Training:
         """All sweeps of a closed-form method, one validation, one checkpoint; nothing where that exists."""
         if not self.step:
             with self.times.phase("adapt"):
-                fit_closed_form(self.method, lambda sweep: self._reading(self.tasks.evaluation()), self._reduce)
+                fit_closed_form(self.method, lambda sweep: self._reading(self.tasks.evaluation()), self._sums)
             self.times.step()
             self.progress.tasks = float(self.tasks.n_tasks * self.method.sweeps)
             self.step = self.method.sweeps
@@ -255,13 +256,9 @@ class _Training:
                 return
             yield batch
 
-    def _reduce(self, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Statistics summed over all workers."""
+    def _sums(self, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
         with self.times.phase("exchange"):
-            for key in sorted(statistics):
-                value = statistics[key].contiguous()
-                statistics[key] = self.exchange.sum(value.view(-1)).view_as(value)
-        return statistics
+            return self.exchange.sums(statistics)
 
     # ---- what is kept
 

@@ -16,24 +16,10 @@ from torch import Tensor
 from distmeta.config import Config, TrainOptions
 from distmeta.data.schema import Dataset
 from distmeta.errors import UserError
+from distmeta.exchange import Exchange
 from distmeta.methods import method_class
 from distmeta.methods.base import Method
 from distmeta.tasks import Bag, Rows, TaskBatch, TaskBlock
-
-
-class Exchange:
-    """How workers add up their numbers. This one is for one process, where the sum is the number itself."""
-
-    rank: int = 0
-    world: int = 1
-
-    def sum(self, flat: Tensor) -> Tensor:
-        """Replace the 1-d tensor `flat` by its sum over all workers, in place, and return it."""
-        return flat
-
-    def gather(self, data: bytes) -> list[bytes]:
-        """What every worker gave, in rank order, on every worker; lengths may differ. All must call it."""
-        return [data]
 
 
 class NotFinite(ArithmeticError):

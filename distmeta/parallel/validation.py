@@ -9,8 +9,8 @@ import torch
 
 from distmeta.data.schema import Label
 from distmeta.errors import UserError
+from distmeta.exchange import Exchange
 from distmeta.methods.base import Method
-from distmeta.parallel.update import Exchange
 from distmeta.storage import Location
 from distmeta.tasks import TaskBatch
 

@@ -14,6 +14,7 @@ from distmeta.data.schema import Dataset
 from distmeta.data.tasktable import TaskTable
 from distmeta.errors import RunError, UserError
 from distmeta.parallel import rundir, trainer
+from distmeta.parallel.assessment import assess
 from distmeta.parallel.board import Pulse
 from distmeta.parallel.collective import ExchangeBroken, TorchExchange
 from distmeta.parallel.delivery import DeliveredTable
@@ -21,13 +22,16 @@ from distmeta.storage import Location
 
 
 def run(settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Train one rank of a run, from its newest complete checkpoint.
+    """One rank of a run: train from its newest complete checkpoint, where that is wanted, then measure it.
 
     Args:
-        settings: `config` (the plain mapping of a Config), `table` (where the task table lies), `board`.
+        settings: `config` (the plain mapping of a Config), `table` (where the task table lies), `delivered` (its
+            splits that Ray Train hands out), `learn` (whether to train), `board`.
 
     Returns:
-        The Outcome as a mapping; None where the run cannot be: then a worker has left the sentence on the board.
+        Of rank 0: `outcome` (an Outcome as a mapping, None where nothing was to be learned) and the Assessment:
+        `step`, and as Arrow IPC `method` and `floors`. None of the others, and where the run cannot be: then a
+        worker has left the sentence on the board.
 
     Raises:
         ExchangeBroken: another worker was lost; Ray Train starts a new group of workers.
@@ -40,7 +44,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any] | None:
         ray.get(board.start.remote(exchange.world))
     pulse = Pulse(board, exchange)
     try:
-        return _train(settings, exchange, lambda line: board.say.remote(line))
+        return _work(settings, exchange, lambda line: board.say.remote(line))
     except ExchangeBroken:
         if ray.get(board.failed.remote()):
             return None
@@ -59,7 +63,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any] | None:
         pulse.close()
 
 
-def _train(settings: dict[str, Any], exchange: TorchExchange, log: Any) -> dict[str, Any]:
+def _work(settings: dict[str, Any], exchange: TorchExchange, log: Any) -> dict[str, Any] | None:
     config = config_module.of_plain(settings["config"])
     process.prepare(config.train.threads)
     run, place = Location.of(config.train.run), Location.of(config.data.data)
@@ -68,10 +72,17 @@ def _train(settings: dict[str, Any], exchange: TorchExchange, log: Any) -> dict[
         raise UserError(f"{run}: {where} does not see this run; choose a --run on storage that all nodes share")
     if not (place / "dataset.json").exists():
         raise UserError(f"{place}: {where} does not see this dataset; put it on storage that all nodes share")
-    table = DeliveredTable(**vars(TaskTable.open(Location.of(settings["table"]))))
-    fence = Fence(run, exchange) if exchange.rank == 0 else None
-    outcome = trainer.train(config, run, Dataset.open(place), place, table, exchange, log, fence=fence)
-    return asdict(outcome)
+    table = TaskTable.open(Location.of(settings["table"]))
+    table = DeliveredTable(**vars(table), delivered=frozenset(settings["delivered"]))
+    dataset, outcome = Dataset.open(place), None
+    if settings["learn"]:
+        fence = Fence(run, exchange) if exchange.rank == 0 else None
+        outcome = asdict(trainer.train(config, run, dataset, place, table, exchange, log, fence=fence))
+    found = assess(config, run, dataset, place, table, exchange)
+    if exchange.rank:
+        return None
+    floors = {name: measured.to_ipc() for name, measured in found.floors.items()}
+    return {"outcome": outcome, "step": found.step, "method": found.method.to_ipc(), "floors": floors}
 
 
 class Fence:

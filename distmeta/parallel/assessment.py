@@ -1,0 +1,55 @@
+"""A run's best checkpoint, and the floors, on the tasks of the test split: all workers' tasks together."""
+
+from dataclasses import dataclass
+
+from distmeta.config import Config
+from distmeta.data.loader import read_items
+from distmeta.data.schema import Dataset
+from distmeta.data.tasktable import TaskTable
+from distmeta.errors import UserError
+from distmeta.evaluation import evaluate as evaluation
+from distmeta.evaluation.measured import Measured
+from distmeta.exchange import Exchange
+from distmeta.methods import FLOORS
+from distmeta.parallel import checkpoint
+from distmeta.parallel.update import build_method, device_of, numerics
+from distmeta.storage import Location
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What there is to say of a trained run."""
+
+    step: int
+    """Of the checkpoint that was measured: the one with the lowest validation error."""
+    method: Measured
+    floors: dict[str, Measured]
+    """By name; on worker 0 all of them."""
+
+
+def assess(
+    config: Config,
+    run: Location,
+    dataset: Dataset,
+    dataset_location: Location,
+    table: TaskTable,
+    exchange: Exchange | None = None,
+) -> Assessment:
+    """Measure the best checkpoint of `run` and the floors. Every worker of `exchange` calls this.
+
+    Raises:
+        UserError: there is no checkpoint, it is damaged, or of another split. RunError: a prediction is not finite.
+    """
+    newest = checkpoint.newest(run)
+    if newest is None:
+        raise UserError(f"{run}: has no complete checkpoint; train on with `train --run {run} --resume`")
+    best = checkpoint.read(run, newest.progress.get("best_step") or newest.step)
+    checkpoint.check_origin(run, best, config, table.split_hash)
+    device, memory = device_of(config.train), config.train.memory_mb << 20
+    with numerics(config.train.threads, device):
+        method = build_method(config, dataset, read_items(dataset_location, dataset), device)
+        checkpoint.restore_params(run, best, method, config.method)
+        measured = evaluation.evaluate(method, table, dataset, exchange, memory)
+        names = FLOORS[dataset.label.kind]
+        floors = evaluation.floors(table, dataset, dataset_location, names, exchange, memory)
+    return Assessment(best.step, measured, floors)

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from unpacking import drawn, stored, unpacked
 
 from distmeta.data import tasktable
 from distmeta.data.collate import BLOCK_LEAST, BLOCK_MOST, Collator, block_bounds
@@ -20,7 +21,7 @@ from distmeta.data.loader import Loader, read_items
 from distmeta.data.schema import Dataset
 from distmeta.data.taskmaker import FIXED
 from distmeta.data.tasktable import TaskTable
-from distmeta.draws import hashed, uniform
+from distmeta.draws import hashed
 from distmeta.errors import UserError
 from distmeta.storage import Location
 from distmeta.tasks import TaskBatch
@@ -41,49 +42,6 @@ def table(data: Location) -> TaskTable:
 @pytest.fixture(scope="module")
 def dataset(data: Location) -> Dataset:
     return Dataset.open(data)
-
-
-def unpacked(batch: TaskBatch) -> dict[int, Any]:
-    """Task id -> (support, query), each a list of (item, label); checks padding and the item mapping on the way."""
-    found: dict[int, Any] = {}
-    items = batch.items.tolist()
-    assert len(set(items)) == len(items)
-    used: set[int] = set()
-    for block in batch:
-        for side in (block.support, block.query):
-            assert side.item.dtype == torch.int64
-            assert side.label.dtype == torch.float32
-            assert side.mask.dtype == torch.bool
-            assert not side.item[~side.mask].any()
-            assert not side.label[~side.mask].any()
-            assert (side.mask.int().diff(dim=1) <= 0).all()  # a task's rows stand first
-            assert side.mask.sum(1).max() == side.mask.shape[1]  # no wider than needed
-            used |= set(side.item[side.mask].tolist())
-        for i, task in enumerate(block.task.tolist()):
-            assert task not in found
-            found[task] = tuple(
-                list(zip((items[r] for r in s.item[i][s.mask[i]]), s.label[i][s.mask[i]].tolist(), strict=True))
-                for s in (block.support, block.query)
-            )
-    assert used == set(range(len(items)))
-    return found
-
-
-def stored(table: TaskTable, split: str) -> dict[int, dict[str, Any]]:
-    return {r["task"]: r for t in table.read(split) for r in t.to_pylist()}
-
-
-def drawn(row: dict[str, Any], seed: int, epoch: int, most: int) -> Any:
-    """The definition: an episode is `most` rows in succession from a drawn one on; of its n rows the min(10, n // 2)
-    with the lowest keys are query; both sides in time order."""
-    rows = len(row["item"])
-    first = int(uniform(seed, epoch, row["task"], purpose="episode") * (rows - min(rows, most) + 1))
-    kept = range(first, first + min(rows, most))
-    n = len(kept)
-    keys = [int(hashed(seed, epoch, row["task"], r, purpose="query")) for r in range(n)]
-    query = set(sorted(range(n), key=keys.__getitem__)[: min(10, n // 2)])
-    rows = [(row["item"][r], row["label"][r]) for r in kept]
-    return [rows[r] for r in range(n) if r not in query], [rows[r] for r in sorted(query)]
 
 
 @pytest.mark.parametrize("most", [100, 13])
@@ -351,7 +309,7 @@ def test_prefetch_ends_early_and_hands_over_errors(
 def test_waiting_is_counted_and_prefetch_hides_it(
     table: TaskTable, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Collating takes 10 ms, training 20 ms: without a thread all of it is waited for, with one only the first."""
+    """Collating takes 10 ms, training 40 ms: without a thread all of it is waited for, with one only the first."""
     real = Collator.batch
 
     def slow(self: Collator, chosen: Any, epoch: int) -> TaskBatch:
@@ -363,7 +321,7 @@ def test_waiting_is_counted_and_prefetch_hides_it(
     for prefetch in (0, 2):
         loader = Loader(table, dataset, "train", 4, prefetch=prefetch)
         for _ in loader.epoch(0):
-            time.sleep(0.02)
+            time.sleep(0.04)
         waits.append(loader.wait_seconds / loader.steps)
     assert waits[0] >= 0.01
     assert waits[1] < waits[0] / 2

@@ -28,8 +28,7 @@ from distmeta.errors import UserError
 from distmeta.parallel import trainer
 from distmeta.storage import Location
 
-USERS, SHARDS, TASKS = 400, 3, 12
-BATCH = 7
+USERS, SHARDS, TASKS, BATCH = 400, 3, 12, 7
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +55,8 @@ def dataset(data: Location) -> Dataset:
 
 def budget(table: TaskTable, dataset: Dataset, window: int, split: str = "train") -> int:
     """Bytes that just allow pools of `window` groups a shard."""
-    groups = [g for shard in table.groups(split) for g in shard]
-    filled = sum(bool(shard) for shard in table.groups(split))
-    return 2 * window * filled * max(pools.estimate(*g, dataset) for g in groups)
+    filled = [shard for shard in table.groups(split) if shard]
+    return 2 * window * len(filled) * max(pools.estimate(*g, dataset) for shard in filled for g in shard)
 
 
 def order(table: TaskTable, seed: int, epoch: int | None, window: int, split: str = "train") -> list[int]:
@@ -99,8 +97,8 @@ def test_streamed_batches_are_what_the_definition_says(
             assert unpacked(batch) == {t: drawn(rows[t], 3, epoch, 100) for t in expected[size * b : size * (b + 1)]}
         found.append(expected)
     assert found[0] != found[1]
-    firsts = [set(o[: len(o) // 4]) for o in found]
-    assert len(firsts[0] & firsts[1]) < len(firsts[0]) / 2  # epochs begin with other groups, not only other orders
+    early, late = (set(o[: len(o) // 4]) for o in found)
+    assert len(early & late) < len(early) / 2  # epochs begin with other groups, not only in other orders
 
 
 def test_workers_share_a_streamed_batch(table: TaskTable, dataset: Dataset) -> None:
@@ -144,9 +142,8 @@ def test_resumed_at_any_batch_reads_only_what_is_left(
         assert [flat(b) for b in Loader(table, dataset, "train", BATCH, memory=memory).epoch(1, start)] == whole[start:]
         skipped.append(groups - sum(read))
     assert skipped == sorted(skipped)
-    assert skipped[0] == 0
+    assert (skipped[0], skipped[-1]) == (0, groups)
     assert skipped[loader.steps // 2] > groups / 3
-    assert skipped[-1] == groups
 
 
 def test_what_fits_is_one_pool_in_the_usual_order(table: TaskTable, dataset: Dataset) -> None:
@@ -174,7 +171,6 @@ def test_streamed_evaluation_has_every_task_once(table: TaskTable, dataset: Data
     both = [{t: v for b in found for t, v in b.items()} for found in (batches, map(unpacked, usual.evaluation()))]
     assert both[0] == both[1]
     assert streamed.tasks().equals(usual.tasks())
-    assert len(streamed.tasks()) == len(expected)
 
 
 def test_row_groups_bound_what_is_read_and_cut_nothing(data: Location, table: TaskTable, tmp_path: Path) -> None:
@@ -237,8 +233,8 @@ def test_a_part_damaged_under_way_ends_the_epoch_with_its_name(
     part = tmp_path / "table" / next(f["path"] for f in copy.files if f["split"] == "train")
     loader = Loader(copy, dataset, "train", BATCH, prefetch=prefetch, memory=budget(copy, dataset, 1))
     expected = [unpacked(b) for b in loader.epoch(0)]
-    got, batches = [], loader.epoch(0)
-    got.append(unpacked(next(batches)))
+    batches = loader.epoch(0)
+    got = [unpacked(next(batches))]
     damaged = shutil.copy(part, tmp_path / "damaged")
     damage(damaged)
     if damaged.exists():
@@ -322,26 +318,28 @@ def test_memory_stays_within_the_budget(large: tuple[Location, TaskTable, Datase
 
 
 def peak(make: Callable[[], Loader]) -> int:
-    """Bytes that Arrow and numpy hold at most, each at its own peak, while a loader is made and used."""
+    """Bytes that Arrow and numpy hold at most, each at its own peak, while a loader is made and used.
 
-    def use() -> None:
-        loader = make()
-        for epoch, start in ((0, 0), (1, loader.steps // 2)):
-            for _ in loader.epoch(epoch, start):
-                pass
-
+    The lesser of two uses: once in a while Python's own table of strings grows, by megabytes.
+    """
     usual, counted = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    numpy = []
+    pa.set_memory_pool(counted)
     tracemalloc.start()
     try:
-        use()  # what is made once, and Python's own tables, stay out of it
-        pa.set_memory_pool(counted)
-        tracemalloc.reset_peak()
-        before = tracemalloc.get_traced_memory()[0]
-        use()
-        return counted.max_memory() + tracemalloc.get_traced_memory()[1] - before
+        for _ in range(2):
+            before = tracemalloc.get_traced_memory()[0]
+            tracemalloc.reset_peak()
+            loader = make()
+            for epoch, start in ((0, 0), (1, loader.steps // 2)):
+                for _ in loader.epoch(epoch, start):
+                    pass
+            del loader  # what it holds is freed by the pool that counts, which must still be there
+            numpy.append(tracemalloc.get_traced_memory()[1] - before)
     finally:
         tracemalloc.stop()
         pa.set_memory_pool(usual)
+    return counted.max_memory() + min(numpy)
 
 
 def test_next_pool_is_read_while_one_is_used_and_no_more(table: TaskTable, dataset: Dataset) -> None:

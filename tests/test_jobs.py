@@ -290,7 +290,7 @@ def test_ctrl_c_ends_a_cluster_of_our_own(small, tmp_path):
 
 def test_authentication_off(tree, tmp_path):
     made = tmp_path / "made"
-    connect = "from distmeta.parallel import cluster\nwith cluster.connected(2, 1, False): print('connected')"
+    connect = "from distmeta.parallel import cluster\nwith cluster.connected(2, 1, False, 10): print('connected')"
     prepare = " ".join(job("prepare", "synthetic", "--users", "40", "--out", str(made)))
     with head(tmp_path, RAY_AUTH_MODE="disabled") as running:
         status, output = running.submit(tree, "sh", "-c", f'{prepare} && {sys.executable} -c "{connect}"')

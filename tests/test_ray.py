@@ -16,7 +16,6 @@ from nodes import Nodes, command
 
 from distmeta import cli
 from distmeta.methods import METHODS, method_class
-from distmeta.parallel import cluster as clusters
 from distmeta.parallel import trainer
 from distmeta.storage import Location
 
@@ -160,18 +159,19 @@ def test_every_rank_gets_its_shards_as_stored(small, nodes):
     """For 1, 2, 3 and 16 workers, from the object store, as TaskTable.read gives them."""
     from distmeta.parallel import delivery
 
-    _, _, table = tiny.setting(small, "melu")
-    datasets = delivery.materialise(table)
+    _, dataset, table = tiny.setting(small, "melu")
+    datasets = delivery.materialise(table, dataset, 1 << 30)
     config = delivery.ShardConfig({split: table.sizes(split) for split in datasets})
-    for split, dataset in datasets.items():
+    for split, whole in datasets.items():
         for world in (1, 2, 3, 16):
-            for rank, given in enumerate(config.configure({split: dataset}, world)):
+            for rank, given in enumerate(config.configure({split: whole}, world)):
                 mine = [v for v in range(table.shards) if v % world == rank and table.sizes(split)[v]]
                 if not mine:
                     assert given[split] is None
                     continue
                 blocks = list(given[split].iter_batches(batch_size=None, batch_format="pyarrow"))
-                assert pa.concat_tables(blocks).equals(pa.concat_tables(table.read(split, mine)))
+                stored = pa.concat_tables(table.read(split, mine))
+                assert pa.concat_tables(blocks).equals(stored.select(blocks[0].column_names))
 
 
 # ---- what cannot be
@@ -185,9 +185,8 @@ def refused(capfd: Any, words: list[str], status: int = 2) -> str:
     return sentence
 
 
-def test_more_workers_than_shards_or_cpus(tmp_path, small, nodes, capfd, monkeypatch):
-    monkeypatch.setattr(clusters, "WAIT_S", 1)
-    words = argv(tmp_path / "run", small, "melu")
+def test_more_workers_than_shards_or_cpus(tmp_path, small, nodes, capfd):
+    words = argv(tmp_path / "run", small, "melu", "--wait", "1")
     for workers, said in (("17", "has 16 shards"), ("3", "3 workers need 3 CPUs, the cluster has 2 after 1 s")):
         words[words.index("--workers") + 1] = workers
         assert said in refused(capfd, words)

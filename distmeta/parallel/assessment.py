@@ -40,16 +40,23 @@ def assess(
     Raises:
         UserError: there is no checkpoint, it is damaged, or of another split. RunError: a prediction is not finite.
     """
-    newest = checkpoint.newest(run)
-    if newest is None:
-        raise UserError(f"{run}: has no complete checkpoint; train on with `train --run {run} --resume`")
-    best = checkpoint.read(run, newest.progress.get("best_step") or newest.step)
+    e = exchange or Exchange()
+    step = _best(run) if e.rank == 0 else 0
+    step = int(e.gather(b"%d" % step)[0])  # rank 0 may have written it a moment ago: the others wait for that
+    best = checkpoint.read(run, step)
     checkpoint.check_origin(run, best, config, table.split_hash)
     device, memory = device_of(config.train), config.train.memory_mb << 20
     with numerics(config.train.threads, device):
         method = build_method(config, dataset, read_items(dataset_location, dataset), device)
         checkpoint.restore_params(run, best, method, config.method)
-        measured = evaluation.evaluate(method, table, dataset, exchange, memory)
+        measured = evaluation.evaluate(method, table, dataset, e, memory)
         names = FLOORS[dataset.label.kind]
-        floors = evaluation.floors(table, dataset, dataset_location, names, exchange, memory)
-    return Assessment(best.step, measured, floors)
+        floors = evaluation.floors(table, dataset, dataset_location, names, e, memory)
+    return Assessment(step, measured, floors)
+
+
+def _best(run: Location) -> int:
+    newest = checkpoint.newest(run)
+    if newest is None:
+        raise UserError(f"{run}: has no complete checkpoint; train on with `train --run {run} --resume`")
+    return newest.progress.get("best_step") or newest.step

@@ -59,6 +59,8 @@ class Board:
 
     def lost(self, dead: list[int], left: list[int]) -> None:
         """The group of workers is over: `dead` are gone, `left` could not go on without them."""
+        if self.failure:  # they ended by themselves, and the user will read why
+            return
         places = {r: f"worker {r} ({w['place']})" for r, w in self.workers.items()}
         for rank in dead or left:
             self.say(f"{places.get(rank, f'worker {rank}')} {'died' if dead else 'lost the others'}")
@@ -138,14 +140,20 @@ class Watch:
         self.failure: tuple[str, str] | None = None
         self._shown = 0
         self._named: set[str] = set()
+        self._broken: OSError | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="distmeta-watch", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         while not self._over.wait(_LOOK):
-            with contextlib.suppress(RayError):
+            try:
                 self._look()
+            except RayError:  # the board is being started again
+                continue
+            except OSError as e:  # whoever read the lines has left: told by close, as print tells it elsewhere
+                self._broken = e
+                return
 
     def _look(self) -> None:
         self._shown, lines, self.failure = ray.get(self.board.take.remote(self._shown))
@@ -158,9 +166,15 @@ class Watch:
                 self.log(f"{text}: no progress while the other workers wait for it; the workers are restarted")
 
     def close(self) -> tuple[str, str] | None:
-        """Show what is left, end the thread, and give the failure that a worker posted."""
+        """Show what is left, end the thread, and give the failure that a worker posted.
+
+        Raises:
+            OSError: a line could not be shown.
+        """
         self._over.set()
         self._thread.join()
+        if self._broken:
+            raise self._broken
         with contextlib.suppress(RayError):
             self._look()
         return self.failure

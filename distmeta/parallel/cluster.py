@@ -36,8 +36,10 @@ _SETTINGS = {
 
 
 @contextlib.contextmanager
-def connected(needed: int, threads: int, gpu: bool, wait: int, log: Callable[[str], None] = print) -> Iterator[None]:
+def connected(needed: int, threads: int, gpu: bool, wait: int, log: Callable[[str], None] = print) -> Iterator[bool]:
     """Be connected to the cluster at RAY_ADDRESS, or to one of its own on this machine, which ends with this block.
+
+    Gives whether the connection is this block's own, so that its end ends all that was started.
 
     Args:
         needed: workers that must fit. threads: CPUs of each. wait: seconds to wait for nodes.
@@ -51,7 +53,7 @@ def connected(needed: int, threads: int, gpu: bool, wait: int, log: Callable[[st
     already = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     if already:  # the connection of a program that calls us, which is not ours to end
         _await(needed, threads, gpu, wait, log)
-        yield
+        yield False
         return
     address = _address()
     if not address and needed * threads > cores():
@@ -67,7 +69,7 @@ def connected(needed: int, threads: int, gpu: bool, wait: int, log: Callable[[st
             _connect(address)
             _on_sigterm()
             _await(needed, threads, gpu, wait, log)
-            yield
+            yield True
         finally:
             ray.shutdown()
 
@@ -134,8 +136,8 @@ def _on_sigterm() -> None:
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
 
 
-def interruptible(work: Callable[[], T]) -> T:
-    """work(), in a thread, so that Ctrl-C and SIGTERM end the wait for it at once.
+def interruptible(work: Callable[[], T], over: Callable[[], bool] = lambda: False) -> T | None:
+    """work(), in a thread, so that Ctrl-C and SIGTERM end the wait for it at once; None where `over` says so before.
 
     In the main thread Ray Train's `fit()` takes Ctrl-C over and goes on training for many seconds, then exits with 1.
     """
@@ -150,6 +152,8 @@ def interruptible(work: Callable[[], T]) -> T:
     threading.Thread(target=run, name="distmeta-fit", daemon=True).start()
     while not done.done():  # in short waits: a signal wakes no longer one where a library's handler has been between
         wait([done], 0.2)
+        if over():
+            return None
     return done.result()
 
 

@@ -40,9 +40,9 @@ def run_workers(
             f"--workers {most}: the task table has {table.shards} shards, and a worker needs one of its own"
         )
     for attempt in range(o.max_failures + 1):
-        with cluster.connected(least, o.threads, o.gpu, o.wait, log):
+        with cluster.connected(least, o.threads, o.gpu, o.wait, log) as ours:
             try:
-                return _fit(config, run, table, log, learn)
+                return _fit(config, run, table, log, learn, ours)
             except _ControllerLost as e:
                 if attempt == o.max_failures:
                     raise _given_up(config, run, [f"Ray's controller: {_line(e)}"]) from e
@@ -55,7 +55,7 @@ class _ControllerLost(Exception):
 
 
 def _fit(
-    config: Config, run: Location, table: TaskTable, log: Callable[[str], None], learn: bool
+    config: Config, run: Location, table: TaskTable, log: Callable[[str], None], learn: bool, ours: bool
 ) -> tuple[Outcome | None, Assessment]:
     """One `fit()` of Ray Train, which itself starts new workers for lost ones."""
     import ray
@@ -88,7 +88,8 @@ def _fit(
             dataset_config=delivery.ShardConfig({split: table.sizes(split) for split in datasets}),
             **_ray_config(config, run, boards.Deaths(board)),
         )
-        found = cluster.interruptible(trainer.fit).return_value
+        done = cluster.interruptible(trainer.fit, lambda: ours and watch.failure is not None)
+        found = done.return_value if done else None
     except TrainingFailedError as e:
         error = e
     except RayActorError as e:

@@ -34,7 +34,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any] | None:
         worker has left the sentence on the board.
 
     Raises:
-        ExchangeBroken: another worker was lost; Ray Train starts a new group of workers.
+        ExchangeBroken: another worker was lost; Ray Train starts a new group of workers, as for any error.
     """
     board = settings["board"]
     if ray.get(board.failed.remote()):
@@ -45,20 +45,17 @@ def run(settings: dict[str, Any]) -> dict[str, Any] | None:
     pulse = Pulse(board, exchange)
     try:
         return _work(settings, exchange, lambda line: board.say.remote(line))
-    except ExchangeBroken:
-        if ray.get(board.failed.remote()):
-            return None
-        raise
-    except OSError:  # a disk or an object store that may be back when the next group of workers starts
+    except (ExchangeBroken, OSError):  # others may be back, or a disk, when the next group of workers starts
         raise
     except Exception as e:
-        known = isinstance(e, UserError | RunError)
-        node = "" if known else f"worker {exchange.rank} ({pulse.place}): {type(e).__name__}: "
-        ray.get(board.fail.remote("UserError" if isinstance(e, UserError) else "RunError", f"{node}{e}"))
-        exchange.leave()
-        if known:
-            return None
-        raise
+        kind = "UserError" if isinstance(e, UserError) else "RunError"
+        node = (
+            ""
+            if isinstance(e, UserError | RunError)
+            else f"worker {exchange.rank} ({pulse.place}): {type(e).__name__}: "
+        )
+        ray.get(board.fail.remote(kind, f"{node}{e}"))
+        raise  # which ends the others too; the next group of workers finds the failure and does nothing
     finally:
         pulse.close()
 

@@ -16,7 +16,7 @@ _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
     # a node counts as dead after 2 seconds without a sign of life, not after 30
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "500",

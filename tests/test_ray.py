@@ -177,6 +177,13 @@ def test_every_rank_gets_its_shards_as_stored(small, nodes):
 # ---- what cannot be
 
 
+def prepared(where: Path) -> Path:
+    """A dataset of this test's own, to be damaged."""
+    argv = ["prepare", "synthetic", "--users", "60", "--items", "40", "--per-user", "10", "20"]
+    assert cli.main([*argv, "--out", str(where / "data")]) == 0
+    return where / "data"
+
+
 def refused(capfd: Any, words: list[str], status: int = 2) -> str:
     """The one sentence with which a command ends."""
     capfd.readouterr()
@@ -194,8 +201,7 @@ def test_more_workers_than_shards_or_cpus(tmp_path, small, nodes, capfd):
 
 def test_damaged_shard(tmp_path, small, nodes, capfd):
     """Found by a read task on some node, said here."""
-    place = tmp_path / "data"
-    assert cli.main(["prepare", "synthetic", "--users", "60", "--items", "40", "--out", str(place)]) == 0
+    place = prepared(tmp_path)
     assert cli.main(["prepare", "tasks", "--data", str(place)]) == 0
     part = next(place.glob("tasks/*/train/part-00003.parquet"))
     part.write_bytes(part.read_bytes()[:-100])
@@ -207,8 +213,7 @@ def test_damaged_shard(tmp_path, small, nodes, capfd):
 
 def test_dataset_that_workers_do_not_see(tmp_path, small, nodes, capfd):
     """The driver has read the dataset; by the time workers look for it, it is not there."""
-    place = tmp_path / "data"
-    assert cli.main(["prepare", "synthetic", "--users", "60", "--items", "40", "--out", str(place)]) == 0
+    place = prepared(tmp_path)
     with command(*argv(tmp_path / "run", Location.of(place), "melu", "--epochs", "3")) as run:
         run.wait(nodes.workers)
         (place / "dataset.json").rename(tmp_path / "dataset.json")

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import re
 import secrets
@@ -20,7 +21,7 @@ from distmeta.parallel.update import cores
 T = TypeVar("T")
 
 NAMESPACE = "distmeta"
-START_S = 60
+START_S = 30
 """Seconds after which Ray Train gives up a start of workers, to try again with what nodes there are then."""
 
 _ANSWER_S = 5
@@ -72,6 +73,11 @@ def connected(needed: int, threads: int, gpu: bool, wait: int, log: Callable[[st
             yield True
         finally:
             ray.shutdown()
+
+
+def starts(wait: int) -> int:
+    """How often Ray Train may try to start workers within `wait` seconds."""
+    return math.ceil(wait / float(os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"]))
 
 
 def _address() -> str:

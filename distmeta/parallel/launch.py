@@ -1,6 +1,5 @@
 """The driver's side of training on Ray: start the workers, show what they say, turn what goes wrong into sentences."""
 
-import math
 import os
 import time
 from collections.abc import Callable
@@ -127,9 +126,7 @@ def _ray_config(config: Config, run: Location, callback: Any) -> dict[str, Any]:
             name=f"launch-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             storage_path=storage.path,
             storage_filesystem=None if storage.is_local else storage.fs,
-            failure_config=FailureConfig(
-                max_failures=o.max_failures, controller_failure_limit=math.ceil(o.wait / cluster.START_S)
-            ),
+            failure_config=FailureConfig(max_failures=o.max_failures, controller_failure_limit=cluster.starts(o.wait)),
             callbacks=[callback],
         ),
     }

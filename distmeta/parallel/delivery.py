@@ -141,8 +141,12 @@ class ShardConfig(ray.train.DataConfig):
             pieces = _cut(dataset, np.cumsum([self.sizes[split][v] for v in shards])[:-1].tolist())
             for rank, given in enumerate(ranks):
                 mine = [piece for v, piece in zip(shards, pieces, strict=True) if v % world_size == rank]
-                given[split] = mine[0].union(*mine[1:]).iterator() if mine else None
+                given[split] = _joined(mine).iterator() if mine else None
         return ranks
+
+
+def _joined(pieces: Sequence[Dataset]) -> Dataset:
+    return pieces[0].union(*pieces[1:]) if pieces[1:] else pieces[0]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ for bit.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -27,6 +28,7 @@ from distmeta.errors import RunError, UserError
 from distmeta.exchange import Exchange
 from distmeta.methods.base import Method, fit_closed_form
 from distmeta.parallel import checkpoint as checkpoints
+from distmeta.parallel.background import Background
 from distmeta.parallel.progress import Progress, clock, number
 from distmeta.parallel.timing import PHASES, Times, together
 from distmeta.parallel.update import MetaUpdate, NotFinite, build_method, device_of, numerics
@@ -96,7 +98,10 @@ def train(
         training = _Training(
             config, run, method, tasks, valid, table.split_hash, exchange, log, dataset.label, device, fence
         )
-        return training.solve() if method.sweeps else training.learn()
+        try:
+            return training.solve() if method.sweeps else training.learn()
+        finally:
+            training.writing.wait()
 
 
 @dataclass
@@ -138,6 +143,7 @@ class _Training:
         self.driver, self.fence = exchange.rank == 0, fence or (lambda: None)
         self.screen = Progress(log if self.driver else lambda _: None)
         self.step = self.epoch = self.batch = 0
+        self.writing = Background()
         self._begin(_Progress())
         self.history: list[dict[str, Any]] = []
         self.update = None if method.sweeps else MetaUpdate(method, self.options, exchange, tasks.steps)
@@ -222,6 +228,7 @@ class _Training:
         if tasks:
             more = f" and {len(tasks) - 10} more" if len(tasks) > 10 else ""
             blame = f"of task{'s' * (len(tasks) > 1)} {', '.join(map(str, tasks[:10]))}{more}"
+        self.writing.wait()
         newest = checkpoints.newest(self.run)
         kept = f"the checkpoint of step {newest.step} is kept" if newest else "there is no checkpoint yet"
         place = f"epoch {self.epoch + 1}, step {self.step}"
@@ -263,6 +270,7 @@ class _Training:
     # ---- what is kept
 
     def _save(self) -> None:
+        """Copy what a checkpoint holds, and have it written while training goes on."""
         if not self.driver:
             return
         with self.times.phase("checkpoint"):
@@ -270,21 +278,27 @@ class _Training:
             parts = {"params": self.method.state_dict()}
             if self.update:
                 parts["optimizer"] = self.update.moments()
-            older = checkpoints.complete(self.run)
-            checkpoints.save(
-                self.run,
-                parts,
-                method=self.config.method,
-                step=self.step,
-                cursor={"epoch": self.epoch, "batch": self.batch},
-                progress=vars(self.progress),
-                config=config_module.fixed(self.config),
-                split_hash=self.split_hash,
-            )
-            keep = {self.step, *older[-1:]}
-            if self.progress.best_step is not None:
-                keep.add(self.progress.best_step)
-            checkpoints.retain(self.run, keep)
+            parts = {name: {k: v.detach().clone() for k, v in part.items()} for name, part in parts.items()}
+            progress = {**vars(self.progress), "phases": dict(self.progress.phases)}
+            cursor = {"epoch": self.epoch, "batch": self.batch}
+            self.writing.start(functools.partial(self._write, parts, self.step, cursor, progress))
+
+    def _write(
+        self, parts: dict[str, dict[str, Tensor]], step: int, cursor: dict[str, int], progress: dict[str, Any]
+    ) -> None:
+        older = checkpoints.complete(self.run)
+        checkpoints.save(
+            self.run,
+            parts,
+            method=self.config.method,
+            step=step,
+            cursor=cursor,
+            progress=progress,
+            config=config_module.fixed(self.config),
+            split_hash=self.split_hash,
+        )
+        best = progress["best_step"]
+        checkpoints.retain(self.run, {step, *older[-1:], *([] if best is None else [best])})
 
     def _restore(self) -> None:
         """Take everything up from the newest complete checkpoint, if there is one: rank 0 says which."""

@@ -15,6 +15,7 @@ import tiny
 from nodes import Nodes, command
 
 from distmeta import cli
+from distmeta.data import taskmaker
 from distmeta.methods import METHODS, method_class
 from distmeta.methods.closedform import ClosedForm
 from distmeta.parallel import trainer
@@ -144,6 +145,37 @@ def test_hung_worker_is_named(tmp_path, small, nodes, capfd):
     assert run.status == 0
     assert final(tmp_path / "run") == undisturbed(tmp_path / "plain", small, "melu", *LONG["melu"])
     assert f"(process {hung} on " in capfd.readouterr().out
+
+
+def test_streamed(tmp_path, nodes, capfd, monkeypatch):
+    """Above the budget Ray Data reads pools of row groups ahead; killed and all, the bits of one that reads itself."""
+    monkeypatch.setattr(taskmaker, "GROUP_TASKS", 8)
+    place = Location.of(tmp_path / "data")
+    words = ["prepare", "synthetic", "--users", "1200", "--items", "200", "--per-user", "30", "60", "--out", str(place)]
+    assert cli.main(words) == 0
+    flags = ["--memory-mb", "1", "--epochs", "4", "--steps", "1", "--query-rows", "5"]
+    with command(*argv(tmp_path / "run", place, "melu", *flags)) as run:
+        run.wait(lambda: len(lines(tmp_path / "run")) > 1)
+        os.kill(nodes.workers()[0], signal.SIGKILL)
+    assert run.status == 0
+    assert "streamed in " in capfd.readouterr().out
+    assert final(tmp_path / "run") == undisturbed(tmp_path / "plain", place, "melu", *flags)
+
+
+def test_shard_removed_while_it_is_streamed(tmp_path, nodes, capfd, monkeypatch):
+    monkeypatch.setattr(taskmaker, "GROUP_TASKS", 8)
+    place = Location.of(tmp_path / "data")
+    words = ["prepare", "synthetic", "--users", "1200", "--items", "200", "--per-user", "30", "60", "--out", str(place)]
+    assert cli.main(words) == 0
+    with command(*argv(tmp_path / "run", place, "melu", "--memory-mb", "1", "--epochs", "40")) as run:
+        run.wait(lambda: len(lines(tmp_path / "run")) > 0)
+        (part,) = Path(place.path).glob("tasks/*/train/part-00005.parquet")
+        part.unlink()
+    assert run.status == 2
+    (said,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert str(part) in said
+    assert lines(tmp_path / "run")
+    assert final(tmp_path / "run")
 
 
 def test_workers_evaluate_what_one_process_evaluates(tmp_path, small, nodes):

@@ -45,7 +45,7 @@ class Board:
         """Whether the run is over."""
         return self.failure is not None
 
-    def start(self, world: int) -> None:
+    def start(self) -> None:
         """A new group of workers begins; nothing is known of them yet."""
         self.workers = {}
 

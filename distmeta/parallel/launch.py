@@ -18,8 +18,10 @@ from distmeta.storage import Location
 
 
 def workers(config: Config) -> tuple[int, int]:
-    """Least and most workers of --workers: N or A:B."""
+    """Least and most workers of --workers: N or A:B; UserError where A is larger than B."""
     least, _, most = config.train.workers.partition(":")
+    if int(least) > int(most or least):
+        raise UserError(f"--workers {config.train.workers}: the least comes first; give --workers {most}:{least}")
     return int(least), int(most or least)
 
 
@@ -38,15 +40,16 @@ def run_workers(
         raise UserError(
             f"--workers {most}: the task table has {table.shards} shards, and a worker needs one of its own"
         )
-    for attempt in range(o.max_failures + 1):
+    lost = 0
+    while True:
         with cluster.connected(least, o.threads, o.gpu, o.wait, log) as ours:
             try:
                 return _fit(config, run, table, log, learn, ours)
             except _ControllerLost as e:
-                if attempt == o.max_failures:
+                lost += 1
+                if lost > o.max_failures:
                     raise _given_up(config, run, [f"Ray's controller: {_line(e)}"]) from e
                 log("Ray's controller of the workers died; starting again from the newest checkpoint")
-    raise AssertionError
 
 
 class _ControllerLost(Exception):
@@ -70,6 +73,7 @@ def _fit(
         datasets = delivery.materialise(table, dataset, config.train.memory_mb << 20)
     except Exception as e:
         raise delivery.sentence(e) or e from None
+    log(f"starting {config.train.workers} workers of {config.train.threads} threads")
     board = boards.create()
     watch = boards.Watch(board, log, 0.9 * config.train.exchange_timeout)
     error, found = None, None

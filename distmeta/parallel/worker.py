@@ -7,6 +7,7 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
+from ray.exceptions import RayError
 
 from distmeta import config as config_module
 from distmeta import process
@@ -41,20 +42,17 @@ def run(settings: dict[str, Any]) -> dict[str, Any] | None:
         return None
     exchange = TorchExchange()
     if exchange.rank == 0:
-        ray.get(board.start.remote(exchange.world))
+        ray.get(board.start.remote())
     pulse = Pulse(board, exchange)
     try:
         return _work(settings, exchange, lambda line: board.say.remote(line))
-    except (ExchangeBroken, OSError):  # others may be back, or a disk, when the next group of workers starts
+    except (ExchangeBroken, RayError, OSError):  # what is lost may be back when the next group of workers starts
         raise
     except Exception as e:
         kind = "UserError" if isinstance(e, UserError) else "RunError"
-        node = (
-            ""
-            if isinstance(e, UserError | RunError)
-            else f"worker {exchange.rank} ({pulse.place}): {type(e).__name__}: "
-        )
-        ray.get(board.fail.remote(kind, f"{node}{e}"))
+        known = isinstance(e, UserError | RunError)
+        whose = "" if known else f"worker {exchange.rank} ({pulse.place}): {type(e).__name__}: "
+        ray.get(board.fail.remote(kind, f"{whose}{e}"))
         raise  # which ends the others too; the next group of workers finds the failure and does nothing
     finally:
         pulse.close()

@@ -88,6 +88,7 @@ def together(packed: Sequence[bytes]) -> dict[str, Any]:
         skew: by rank, the seconds it was busy itself (input, adapt, backward, optimizer).
         exchange_wait_s: seconds that a worker waited in exchanges for the slowest: what its exchange took more
             than the shortest of that step, summed over steps, mean over workers.
+        mean_s: phase -> seconds of all steps, mean over workers.
     """
     p = len(OF_A_STEP)
     flat = np.stack([np.frombuffer(data) for data in packed])
@@ -102,4 +103,5 @@ def together(packed: Sequence[bytes]) -> dict[str, Any]:
         "step_ms": dict(zip(OF_A_STEP, table.tolist(), strict=True)),
         "exchange_wait_s": float(waited.mean() * steps),
         "skew": spent[:, _BUSY].sum(1).tolist(),
+        "mean_s": dict(zip(OF_A_STEP, spent.mean(0).tolist(), strict=True)),
     }

@@ -188,12 +188,13 @@ def test_workers_evaluate_what_one_process_evaluates(tmp_path, small, nodes):
     assert two["cohorts"]["all"] == pytest.approx(none["cohorts"]["all"], rel=1e-4)
 
 
-def test_every_rank_gets_its_shards_as_stored(small, nodes):
+@pytest.mark.parametrize("reader", ["driver", "tasks"])
+def test_every_rank_gets_its_shards_as_stored(small, nodes, reader):
     """For 1, 2, 3 and 16 workers, from the object store, as TaskTable.read gives them."""
     from distmeta.parallel import delivery
 
     _, dataset, table = tiny.setting(small, "melu")
-    datasets = delivery.materialise(table, dataset, 1 << 30)
+    datasets = delivery.materialise(table, dataset, 1 << 30, delivery.SMALL if reader == "driver" else 0)
     config = delivery.ShardConfig({split: table.sizes(split) for split in datasets})
     for split, whole in datasets.items():
         for world in (1, 2, 3, 16):
@@ -232,8 +233,13 @@ def test_more_workers_than_shards_or_cpus(tmp_path, small, nodes, capfd):
         assert said in refused(capfd, words)
 
 
-def test_damaged_shard(tmp_path, small, nodes, capfd):
-    """Found by a read task on some node, said here."""
+@pytest.mark.parametrize("reader", ["driver", "tasks"])
+def test_damaged_shard(tmp_path, small, nodes, capfd, monkeypatch, reader):
+    """Found here, or by a read task on some node; said here."""
+    if reader == "tasks":
+        from distmeta.parallel import delivery
+
+        monkeypatch.setattr(delivery.materialise, "__defaults__", (0,))
     place = prepared(tmp_path)
     assert cli.main(["prepare", "tasks", "--data", str(place)]) == 0
     part = next(place.glob("tasks/*/train/part-00003.parquet"))

@@ -29,14 +29,16 @@ def test_workers_against_independent_processes(small, tmp_path, capsys):
     file = tmp_path / "rows.json"
     argv = ["--data", str(small), "--batch-size", "2", "--epochs", "6", "--turns", "1", "--json", str(file)]
     assert cli.main(["benchmark", "scaling", *argv]) == 0
-    one, independent, workers, bare, start = json.loads(file.read_text())
-    assert [r["variant"] for r in (one, independent, workers)] == ["one", "independent", "workers"]
-    assert workers["ratio_to"]["one"] == pytest.approx(workers["value"] / one["value"])
-    assert workers["ratio_to"]["independent"] == pytest.approx(workers["value"] / independent["value"])
-    for row in (one, independent, workers):
+    *speeds, bare, start = json.loads(file.read_text())
+    assert [r["variant"] for r in speeds] == ["one", "independent", "workers", "one batch"]
+    one, independent, *on_ray = speeds
+    for workers in on_ray:
+        assert workers["ratio_to"]["one"] == pytest.approx(workers["value"] / one["value"])
+        assert workers["ratio_to"]["independent"] == pytest.approx(workers["value"] / independent["value"])
+    for row in speeds:
         ms = row["step_ms"]
         assert ms["all"] == pytest.approx(sum(v for k, v in ms.items() if k != "all"))
-        assert (ms["wait"] > 0) == (row is workers)
+        assert (ms["wait"] > 0) == (row in on_ray)
         assert min(ms["compute"], ms["exchange"], ms["optimizer"]) > 0
     assert start["added_s"] == pytest.approx(start["value"] - bare["value"])
     out = capsys.readouterr().out

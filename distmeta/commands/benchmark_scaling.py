@@ -27,7 +27,7 @@ _END_S = 60
 _SECONDS = ("input", "adapt", "backward", "exchange", "optimizer", "checkpoint")
 _FLAGS = {
     "steps": (1, 1, "inner steps"),
-    "batch_size": (512, 1, "tasks a meta-update, of all workers together"),
+    "batch_size": (512, 1, "tasks a meta-update of a process by itself"),
     "epochs": (12, 4, "epochs of each training"),
     "turns": (3, 1, "how often each variant is run; they alternate"),
     "workers": (2, 1, "Ray workers, and independent processes, of one thread each"),
@@ -44,8 +44,9 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
     parser = Parser(
         prog="benchmark scaling",
         description="Runs `jobs.train` with one thread a process: one alone, --workers that are independent of each"
-        " other and run at the same time, and --workers Ray workers that share each batch, on a cluster of their own"
-        " on this machine. Gives users a second (the median epoch after the first, validation left out; independent"
+        " other and run at the same time, and --workers Ray workers on a cluster of their own on this machine: with as"
+        " many tasks of each batch for a worker as a process by itself has, and (`one batch`) sharing a batch of as"
+        " many. Gives users a second (the median epoch after the first, validation left out; independent"
         " ones: the sum, of epochs in which all of them trained), where the seconds of a step go, and what a start"
         " takes beside that of a bare TorchTrainer.fit().",
     )
@@ -116,11 +117,15 @@ class _Run:
 
 
 def _turn(config: Config, workers: int, folder: Path) -> dict[str, Any]:
-    """One run of each: `one` and `workers` are a _Run, `independent` several, `bare` seconds."""
-    (one,) = _train(config, folder, ["0"])
-    independent = _train(config, folder, ["0"] * workers)
-    (together,) = _train(config, folder, [str(workers)])
-    return {"one": one, "independent": independent, "workers": together, "bare": _bare(workers, folder)}
+    """Runs of each variant, and the seconds of a bare `fit()` as `bare`."""
+    larger = dataclasses.replace(config.train, batch_size=workers * config.train.batch_size)
+    return {
+        "one": _train(config, folder, ["0"]),
+        "independent": _train(config, folder, ["0"] * workers),
+        "workers": _train(dataclasses.replace(config, train=larger), folder, [str(workers)]),
+        "one batch": _train(config, folder, [str(workers)]),
+        "bare": _bare(workers, folder),
+    }
 
 
 def _train(config: Config, folder: Path, workers: Sequence[str]) -> list[_Run]:
@@ -161,9 +166,11 @@ def _bare(workers: int, folder: Path) -> float:
     code = f"from distmeta.parallel import bare; bare.fit({workers}, {str(place)!r})"
     began = time.time()
     with _process(["-c", code], place / "output") as process:
-        if process.wait():
-            raise _failed(place / "output", process.returncode)
-    return float((place / "started").read_text()) - began
+        while not (place / "started").exists():
+            if process.poll() is not None:
+                raise _failed(place / "output", process.returncode)
+            time.sleep(_LOOK)
+    return (place / "started").stat().st_mtime - began
 
 
 @contextlib.contextmanager
@@ -209,12 +216,11 @@ def _speed(runs: Sequence[_Run]) -> float:
 
 def _speeds(case: str, workers: int, turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Medians of the turns; a ratio is the median of the turns' ratios, as the machine's speed drifts."""
-    runs = {"one": [[t["one"]] for t in turns], "independent": [t["independent"] for t in turns]}
-    runs["workers"] = [[t["workers"]] for t in turns]
+    runs = {variant: [t[variant] for t in turns] for variant in ("one", "independent", "workers", "one batch")}
     speeds = {variant: list(map(_speed, several)) for variant, several in runs.items()}
     rows = []
     for variant, mine in speeds.items():
-        others = {"one": [], "independent": ["one"], "workers": ["one", "independent"]}[variant]
+        others = {"one": [], "independent": ["one"]}.get(variant, ["one", "independent"])
         rows.append(
             {
                 "benchmark": "scaling",
@@ -257,7 +263,7 @@ def _starts(workers: int, turns: Sequence[dict[str, Any]]) -> list[dict[str, Any
 
     `added_s` so counts all that is ours: reading the tasks, handing them out, the model, signs of life.
     """
-    ours, bare = [t["workers"].start() for t in turns], [t["bare"] for t in turns]
+    ours, bare = [t["workers"][0].start() for t in turns], [t["bare"] for t in turns]
     row = {"benchmark": "scaling", "case": f"start of {workers} workers", "unit": "s"}
     ratio = statistics.median(a / b for a, b in zip(ours, bare, strict=True))
     added = statistics.median(a - b for a, b in zip(ours, bare, strict=True))
@@ -277,8 +283,8 @@ def _show(rows: Sequence[dict[str, Any]]) -> None:
     print(f"\n{'ms of a step':<16}" + "".join(f"{p:>12}" for p in speeds[0]["step_ms"]))
     for r in speeds:
         print(f"{r['variant']:<16}" + "".join(f"{ms:>12.2f}" for ms in r["step_ms"].values()))
-    ms = speeds[-1]["step_ms"]
-    print(f"{'':<16}" + "".join(f"{v / ms['all']:>12.1%}" for v in ms.values()))
-    print(f"checkpoints: {speeds[-1]['checkpoint_share']:.1%} of the training time of the worker that writes them")
+        if r["ratio_to"].get("independent"):
+            print(f"{'':<16}" + "".join(f"{v / r['step_ms']['all']:>12.1%}" for v in r["step_ms"].values()))
+    print(f"checkpoints: {speeds[2]['checkpoint_share']:.1%} of the training time of the worker that writes them")
     added = f"{start['value']:.1f} s after the start; of a bare fit() {bare['value']:.1f} s: {start['added_s']:+.1f} s"
     print(f"first step {added}")

@@ -21,7 +21,7 @@ from distmeta.parallel.collective import TorchExchange
 
 _BEAT = 1.0
 """Seconds between a worker's signs of life."""
-_LOOK = 0.25
+_LOOK = 0.5
 """Seconds between the driver's looks at the board."""
 
 
@@ -78,12 +78,13 @@ class Board:
             if w["calls"] < furthest or now - w["at"] > seconds
         ]
 
-    def take(self, since: int) -> tuple[int, list[str], tuple[str, str] | None]:
-        """How many lines there are, those from number `since` on, and the failure.
+    def take(self, since: int, seconds: float) -> tuple[int, list[str], list[str], tuple[str, str] | None]:
+        """How many lines there are, those from number `since` on, who is `late(seconds)`, and the failure.
 
-        A board that was restarted has forgotten the older ones and counts from 0 again.
+        A board that was restarted has forgotten the older lines and counts from 0 again.
         """
-        return len(self.lines), self.lines[since if since <= len(self.lines) else 0 :], self.failure
+        n = len(self.lines)
+        return n, self.lines[since if since <= n else 0 :], self.late(seconds), self.failure
 
 
 def create() -> Any:
@@ -156,10 +157,10 @@ class Watch:
                 return
 
     def _look(self) -> None:
-        self._shown, lines, self.failure = ray.get(self.board.take.remote(self._shown))
+        self._shown, lines, late, self.failure = ray.get(self.board.take.remote(self._shown, self.patience))
         for line in lines:
             self.log(line)
-        for text in ray.get(self.board.late.remote(self.patience)):
+        for text in late:
             name = text.split(",")[0]
             if name not in self._named:
                 self._named.add(name)

@@ -30,7 +30,7 @@ _TOKENS = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
 
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # 2 s by default, of which a failure or a report waits for one
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # 2 s by default, of which a failure waits for one
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START_S),
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
 }
@@ -63,6 +63,8 @@ def connected(needed: int, threads: int, gpu: bool, wait: int, log: Callable[[st
             f" this machine has {cores()}; use fewer --workers or --threads, or a cluster (set RAY_ADDRESS)"
         )
     _authentication(address)
+    if not address:  # inherited by all its processes
+        os.environ.setdefault("MALLOC_ARENA_MAX", "1")
     import ray
 
     with _signals():

@@ -1,7 +1,8 @@
 """Tasks to workers through Ray Data: each rank gets the shards v ≡ r mod N of a task table (design §5b).
 
-The parts are read once, by Ray Data's tasks on all nodes of the cluster, before the workers start, and lie in the
-object store; a worker, and after a failure the next group of workers of whatever size, takes its shards from there.
+The parts are read once, by Ray Data's tasks on all nodes of the cluster (a small table by the driver), before the
+workers start, and lie in the object store; a worker, and after a failure the next group of workers of whatever size,
+takes its shards from there.
 Reading inside `DataConfig.configure` instead needs CPUs that the workers hold already: it hangs.
 """
 
@@ -23,6 +24,9 @@ from distmeta.data import schema as dataset_schema
 from distmeta.data.protocols import SPLITS
 from distmeta.data.tasktable import TaskTable
 from distmeta.errors import RunError, UserError
+
+SMALL = 64 << 20
+"""Bytes of tasks that the driver reads itself."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +83,12 @@ def read(table: TaskTable, parts: Sequence[Part], columns: Sequence[str]) -> Dat
     )
 
 
-def materialise(table: TaskTable, dataset: dataset_schema.Dataset, memory: int) -> dict[str, Any]:
+def materialise(table: TaskTable, dataset: dataset_schema.Dataset, memory: int, small: int = SMALL) -> dict[str, Any]:
     """The tasks of a table in the object store: split -> Dataset of its shards, one after another, each as stored.
 
     Args:
         memory: bytes; splits that take more are left out, workers stream them.
+        small: bytes; what takes no more in all is read here: it takes less time than starting read tasks elsewhere.
 
     Raises:
         UserError: a part is missing or damaged, or cannot be read on a node of the cluster.
@@ -92,18 +97,23 @@ def materialise(table: TaskTable, dataset: dataset_schema.Dataset, memory: int) 
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
-    sizes = {split: table.sizes(split) for split in SPLITS if _fits(table, dataset, split, memory)}
+    sizes = {split: table.sizes(split) for split in SPLITS if _bytes(table, dataset, split) <= memory}
+    sizes = {split: rows for split, rows in sizes.items() if sum(rows)}
     parts = [Part(split, v) for split, rows in sizes.items() for v in range(table.shards) if rows[v]]
     if not parts:
         return {}
-    whole = read(table, parts, _columns(table)).materialize()
+    if sum(_bytes(table, dataset, split) for split in sizes) <= small:
+        blocks = [block for p in parts for block in table.read(p.split, [p.shard], _columns(table))]
+        whole = ray.data.from_arrow(blocks)
+    else:
+        whole = read(table, parts, _columns(table)).materialize()
     ends = np.cumsum([sum(rows) for rows in sizes.values()])[:-1].tolist()
     return dict(zip(sizes, _cut(whole, ends), strict=True))
 
 
-def _fits(table: TaskTable, dataset: dataset_schema.Dataset, split: str, memory: int) -> bool:
+def _bytes(table: TaskTable, dataset: dataset_schema.Dataset, split: str) -> int:
     count = table.counts[split]
-    return count["tasks"] > 0 and pools.estimate(count["tasks"], count["rows"], dataset) <= memory
+    return pools.estimate(count["tasks"], count["rows"], dataset)
 
 
 def sentence(e: BaseException | None) -> UserError | RunError | None:

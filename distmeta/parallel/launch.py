@@ -73,7 +73,8 @@ def _fit(
         datasets = delivery.materialise(table, dataset, config.train.memory_mb << 20)
     except Exception as e:
         raise delivery.sentence(e) or e from None
-    log(f"starting {config.train.workers} workers of {config.train.threads} threads")
+    threads = f"{config.train.threads} thread{'s' * (config.train.threads > 1)}"
+    log(f"starting {config.train.workers} workers of {threads}")
     board = boards.create()
     watch = boards.Watch(board, log, 0.9 * config.train.exchange_timeout)
     error, found = None, None

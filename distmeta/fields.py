@@ -92,7 +92,7 @@ def build(section: type[T], values: Mapping[str, Any], where: str, flags: bool =
                 f"{where}: unknown key {key!r}{nearest(str(key), known)}; known: {' '.join(known) or 'none'}"
             )
         name = f"{where}: " + ("--" + key.replace("_", "-") if flags else key)
-        digits = known[key].metadata["pattern"] and isinstance(value, int) and not isinstance(value, bool)
+        digits = known[key].metadata.get("pattern") and isinstance(value, int) and not isinstance(value, bool)
         checked[key] = _checked(str(value) if digits else value, hints[key], name)
         _in_range(checked[key], known[key].metadata, name)
     return section(**checked)

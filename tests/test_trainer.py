@@ -26,7 +26,7 @@ from distmeta.storage import Location
 
 DATASET = Dataset("none", Label("rating", 1, 5), (), (Field("a", "categorical", 2),), 0, 20, 0)
 TIMES = {"seconds", "tasks_per_s", "wait_s", *(f"{p}_s" for p in PHASES)}
-WORKERS = {"world", "skew", "exchange_wait_s", "step_ms"}
+WORKERS = {"world", "skew", "exchange_wait_s", "step_ms", "mean_s"}
 
 
 def run_of(where: Path, small: Location, method: str, log: Any = lambda _: None, **flags: Any) -> trainer.Outcome:
@@ -288,7 +288,7 @@ def test_metrics_line_says_what_the_format_promises(tmp_path, small):
         assert row["exchange_wait_s"] == 0.0
         assert set(row["step_ms"]) == {"input", "adapt", "backward", "exchange", "optimizer", "checkpoint"}
         assert all(0 <= a <= b <= c for a, b, c in row["step_ms"].values())
-        numbers = [*(row[k] for k in wanted - {"step_ms", "skew"}), *row["skew"]]
+        numbers = [*(row[k] for k in wanted - {"step_ms", "skew", "mean_s"}), *row["skew"], *row["mean_s"].values()]
         numbers += [ms for three in row["step_ms"].values() for ms in three]
         assert all(isinstance(v, int | float) and math.isfinite(v) for v in numbers)
         busy = sum(row[f"{p}_s"] for p in ("input", "adapt", "backward", "optimizer"))

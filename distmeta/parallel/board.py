@@ -21,17 +21,25 @@ from distmeta.parallel.collective import TorchExchange
 
 _BEAT = 1.0
 """Seconds between a worker's signs of life."""
+_LAST = 5.0
+"""Seconds to wait for the last of them to arrive."""
 _LOOK = 0.5
 """Seconds between the driver's looks at the board."""
 
 
 class Board:
-    """The actor's state; its methods are what workers and driver call."""
+    """The actor's state; its methods are what workers and driver call.
 
-    def __init__(self) -> None:
+    Args:
+        patience: seconds after which a worker that others wait for is named.
+    """
+
+    def __init__(self, patience: float) -> None:
+        self.patience = patience
         self.lines: list[str] = []
         self.failure: tuple[str, str] | None = None
         self.workers: dict[int, dict[str, Any]] = {}
+        self.named: set[str] = set()
 
     def say(self, line: str) -> None:
         """A line for the user."""
@@ -49,13 +57,23 @@ class Board:
         """A new group of workers begins; nothing is known of them yet."""
         self.workers = {}
 
-    def beat(self, rank: int, place: str, calls: int, inside: bool) -> None:
-        """A worker's sign of life: how many exchanges it has come to, and whether it waits in one."""
+    def beat(self, rank: int, place: str, calls: int, waited: float) -> None:
+        """A worker's sign of life: how many exchanges it has come to, and for how long it has waited in the last.
+
+        One that others have waited for too long is named: it has come to fewer exchanges, or gives no sign at all.
+        """
         now = time.monotonic()
-        before = self.workers.get(rank)
-        moved = before is None or (calls, inside) != (before["calls"], before["inside"])
-        since = now if moved or before is None else before["since"]
-        self.workers[rank] = {"place": place, "calls": calls, "inside": inside, "since": since, "at": now}
+        self.workers[rank] = {"place": place, "calls": calls, "at": now}
+        if waited < self.patience:
+            return
+        for other, w in sorted(self.workers.items()):
+            silent = now - w["at"] > max(2 * _BEAT, self.patience / 2)
+            if (w["calls"] < calls or silent) and w["place"] not in self.named:
+                self.named.add(w["place"])
+                self.say(
+                    f"worker {other} ({w['place']}): no progress for {waited:.0f} s while the others wait for it;"
+                    " the workers are restarted"
+                )
 
     def lost(self, dead: list[int], left: list[int]) -> None:
         """The group of workers is over: `dead` are gone, `left` could not go on without them."""
@@ -66,32 +84,20 @@ class Board:
             self.say(f"{places.get(rank, f'worker {rank}')} {'died' if dead else 'lost the others'}")
         self.workers = {}
 
-    def late(self, seconds: float) -> list[str]:
-        """Workers that have not moved for `seconds` while others wait in a later exchange, named."""
-        now = time.monotonic()
-        if not any(w["inside"] and now - w["since"] >= seconds for w in self.workers.values()):
-            return []
-        furthest = max(w["calls"] for w in self.workers.values())
-        return [
-            f"worker {rank} ({w['place']}), for {now - w['since']:.0f} s"
-            for rank, w in sorted(self.workers.items())
-            if w["calls"] < furthest or now - w["at"] > seconds
-        ]
-
-    def take(self, since: int, seconds: float) -> tuple[int, list[str], list[str], tuple[str, str] | None]:
-        """How many lines there are, those from number `since` on, who is `late(seconds)`, and the failure.
+    def take(self, since: int) -> tuple[int, list[str], tuple[str, str] | None]:
+        """How many lines there are, those from number `since` on, and the failure.
 
         A board that was restarted has forgotten the older lines and counts from 0 again.
         """
         n = len(self.lines)
-        return n, self.lines[since if since <= n else 0 :], self.late(seconds), self.failure
+        return n, self.lines[since if since <= n else 0 :], self.failure
 
 
-def create() -> Any:
+def create(patience: float) -> Any:
     """A handle of a new Board on this node; it ends with this driver."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-    return ray.remote(Board).options(**options).remote()
+    return ray.remote(Board).options(**options).remote(patience)
 
 
 class Pulse:
@@ -105,15 +111,19 @@ class Pulse:
         threading.Thread(target=self._run, name="distmeta-pulse", daemon=True).start()
 
     def _run(self) -> None:
-        while True:
-            e = self.exchange
-            self.board.beat.remote(e.rank, self.place, e.calls, e.inside)
-            if self._over.wait(_BEAT):
-                return
+        self._beat()
+        while not self._over.wait(_BEAT):
+            self._beat()
+
+    def _beat(self) -> Any:
+        e = self.exchange
+        return self.board.beat.remote(e.rank, self.place, e.calls, e.waited)
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread; the last sign of life arrives before what this worker tells Ray."""
         self._over.set()
+        with contextlib.suppress(RayError):
+            ray.get(self._beat(), timeout=_LAST)
 
 
 class Deaths(UserCallback):
@@ -129,18 +139,16 @@ class Deaths(UserCallback):
 
 
 class Watch:
-    """The driver's side: a thread that shows the board's lines and names workers that hang.
+    """The driver's side: a thread that shows the board's lines.
 
     Args:
         log: takes one line.
-        patience: seconds after which a worker that the others wait for is named.
     """
 
-    def __init__(self, board: Any, log: Callable[[str], None], patience: float) -> None:
-        self.board, self.log, self.patience = board, log, patience
+    def __init__(self, board: Any, log: Callable[[str], None]) -> None:
+        self.board, self.log = board, log
         self.failure: tuple[str, str] | None = None
         self._shown = 0
-        self._named: set[str] = set()
         self._broken: OSError | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="distmeta-watch", daemon=True)
@@ -157,14 +165,9 @@ class Watch:
                 return
 
     def _look(self) -> None:
-        self._shown, lines, late, self.failure = ray.get(self.board.take.remote(self._shown, self.patience))
+        self._shown, lines, self.failure = ray.get(self.board.take.remote(self._shown))
         for line in lines:
             self.log(line)
-        for text in late:
-            name = text.split(",")[0]
-            if name not in self._named:
-                self._named.add(name)
-                self.log(f"{text}: no progress while the other workers wait for it; the workers are restarted")
 
     def close(self) -> tuple[str, str] | None:
         """Show what is left, end the thread, and give the failure that a worker posted.

@@ -1,5 +1,6 @@
 """The exchange between worker processes: sums and gathers on torch.distributed (gloo on CPUs, NCCL on GPUs)."""
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -21,8 +22,8 @@ class TorchExchange(Exchange):
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
         self.calls = 0
         """Exchanges that this worker has come to; the same number on all workers means the same exchange."""
-        self.inside = False
-        """Whether it waits in the last of them."""
+        self.since: float | None = None
+        """When it came to the exchange that it is in, by time.monotonic; none: it is in none."""
 
     def sum(self, flat: Tensor) -> Tensor:
         """Replace the 1-d tensor `flat` by its sum over all workers, in place, and return it.
@@ -52,10 +53,14 @@ class TorchExchange(Exchange):
 
     def _run(self, collective: Callable[[], object]) -> None:
         self.calls += 1
-        self.inside = True
+        self.since = time.monotonic()
         try:
             collective()
-        except RuntimeError as e:
+        except RuntimeError as e:  # it stays inside: that is where its last sign of life shows it
             raise ExchangeBroken(f"worker {self.rank}: exchange {self.calls} failed: {e}") from e
-        finally:
-            self.inside = False
+        self.since = None
+
+    @property
+    def waited(self) -> float:
+        """Seconds that it has been in its exchange; 0 where it is in none."""
+        return 0.0 if self.since is None else time.monotonic() - self.since

@@ -75,8 +75,8 @@ def _fit(
         raise delivery.sentence(e) or e from None
     threads = f"{config.train.threads} thread{'s' * (config.train.threads > 1)}"
     log(f"starting {config.train.workers} workers of {threads}")
-    board = boards.create()
-    watch = boards.Watch(board, log, 0.9 * config.train.exchange_timeout)
+    board = boards.create(0.9 * config.train.exchange_timeout)
+    watch = boards.Watch(board, log)
     error, found = None, None
     try:
         trainer = TorchTrainer(

@@ -11,6 +11,9 @@ A method that learns by gradient may keep several sets of some parameters, of wh
 says how many, `grouped()` which parameters, `grouped_loss(batch)` whose set each task used. A set is then
 averaged over its own tasks, and one that no task used stays as it is.
 
+It may also read and write state that the tasks of all workers share: `memories()` declares it, `self.shared` holds
+what it is reached through, `write()` hands over what a step's tasks wrote.
+
 Either way `adapt(batch)` looks at support rows only and `predict(state, batch)` scores the query rows.
 """
 
@@ -22,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from distmeta.data.schema import Dataset
+from distmeta.memory.base import Memory, Shared
 from distmeta.tasks import Bag, TaskBatch
 
 
@@ -44,6 +48,20 @@ class Method(nn.Module, ABC):
         super().__init__()
         self.options = options
         self.dataset = dataset
+        self.shared: dict[str, Shared] = {}
+        """The shared memories by name. In this process, unless the trainer sets others."""
+
+    def memories(self) -> dict[str, Memory]:
+        """The states that all workers share, empty, by name."""
+        return {}
+
+    def write(self) -> None:
+        """Write to `shared` what the tasks of the step came to; called once a step after backward, also on a worker
+        that had no task (which writes empty arrays)."""
+
+    def facts(self, state: list[Any], batch: TaskBatch) -> dict[str, list[Tensor]]:
+        """Numbers [b] of each block's tasks that a report shows (their step size, their cluster), by name."""
+        return {}
 
     @abstractmethod
     def adapt(self, batch: TaskBatch) -> list[Any]:

@@ -17,6 +17,7 @@ from distmeta.config import Config, TrainOptions
 from distmeta.data.schema import Dataset
 from distmeta.errors import UserError
 from distmeta.exchange import Exchange
+from distmeta.memory.base import Shared
 from distmeta.methods import method_class
 from distmeta.methods.base import Method
 from distmeta.tasks import Bag, Rows, TaskBatch, TaskBlock
@@ -80,6 +81,7 @@ def build_method(config: Config, dataset: Dataset, items: dict[str, Bag], device
     with _GENERATOR, torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         method = method_class(config.method)(config.method_options, dataset, items)
+    method.shared = Shared.of(method.memories())
     return method.to(device)
 
 
@@ -148,6 +150,7 @@ class MetaUpdate:
         with timed("adapt"):
             self.flat.zero_()
             if not len(batch):
+                self.method.write()
                 return
             losses, group = self.method.grouped_loss(batch)
             self._settle()
@@ -156,6 +159,7 @@ class MetaUpdate:
             self.tail[0] = losses.detach().sum()
             self.tail[1] = len(losses)
             self.tail[2:] = (group[:, None] == torch.arange(len(self.counts), device=group.device)).sum(0)
+            self.method.write()
             self._settle()
 
     def _settle(self) -> None:

@@ -127,7 +127,7 @@ def losses(method: GradientMethod, batch: TaskBatch, rate=None) -> Tensor:
     owner = {id(p): m for m in method.adapted() for p in m.parameters()}
     out = []
     for block in batch:
-        own = dict(method.rates(block))
+        own = dict(method.rates(block, method.embedding.encode(batch)))
         for b in range(len(block.task)):
             inputs, labels = one_task(method, batch, block, b, support=True)
             fast = dict(shared)

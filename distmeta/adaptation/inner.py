@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from distmeta.adaptation.cost import Plan
 from distmeta.adaptation.fast import FastWeights
@@ -21,6 +22,17 @@ def squared_error(prediction: Tensor, rows: Rows) -> Tensor:
 def squared_error_delta(prediction: Tensor, rows: Rows) -> Tensor:
     """∂ squared_error / ∂ prediction: [b, R]; 0 on padding, so that padding moves nothing."""
     return (prediction - rows.label) * _share(rows, prediction.dtype).mul_(2)
+
+
+def cross_entropy(logit: Tensor, rows: Rows) -> Tensor:
+    """Mean cross-entropy of each task's clicks over its real rows: [b] from logits [b, R]; 0 without rows."""
+    losses = F.binary_cross_entropy_with_logits(logit, rows.label, reduction="none")
+    return (losses * _share(rows, logit.dtype)).sum(1)
+
+
+def cross_entropy_delta(logit: Tensor, rows: Rows) -> Tensor:
+    """∂ cross_entropy / ∂ logit: [b, R]; 0 on padding."""
+    return (torch.sigmoid(logit) - rows.label) * _share(rows, logit.dtype)
 
 
 def _share(rows: Rows, dtype: torch.dtype) -> Tensor:

@@ -1,22 +1,31 @@
 """What methods that adapt by gradient steps share: MAML for recommendation on the engine of distmeta.adaptation.
 
 A method says which maps adapt and how fast; the rest (support pass, inner steps, query pass, exact or first-order
-meta-gradient) is the same for all.
+meta-gradient) is the same for all. So is what a prediction means, which the dataset's labels decide: a rating, or the
+logit of a click.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distmeta.adaptation.cost import Plan
-from distmeta.adaptation.fast import FastWeights
-from distmeta.adaptation.inner import adapt, squared_error
+from distmeta.adaptation.fast import FastWeights, Rate
+from distmeta.adaptation.inner import (
+    adapt,
+    cross_entropy,
+    cross_entropy_delta,
+    squared_error,
+    squared_error_delta,
+)
 from distmeta.adaptation.maps import Map
 from distmeta.adaptation.tape import Node, Tape
 from distmeta.data.schema import Dataset
+from distmeta.errors import UserError
 from distmeta.methods.base import Method
 from distmeta.networks import Decision, Embedding, Encoded, ItemPlace, UserPlace
 from distmeta.tasks import Bag, Rows, TaskBatch, TaskBlock
@@ -28,18 +37,50 @@ def absolute_error(prediction: Tensor, rows: Rows) -> Tensor:
     return ((prediction - rows.label).abs() * rows.mask).sum(1) / count
 
 
-QUERY_LOSSES = {"squared": squared_error, "absolute": absolute_error}
+@dataclass(frozen=True)
+class Head:
+    """What the network's output [b, R] stands for."""
+
+    error: Callable[[Tensor, Rows], Tensor]
+    """Query loss [b]."""
+    delta: Callable[[Tensor, Rows], Tensor]
+    """Derivative [b, R] of the support loss."""
+    score: Callable[[Tensor], Tensor]
+    """What is predicted, within the labels' range up to clipping."""
+    start: float
+    """The output to start from, instead of learning it."""
+
+
+def head(dataset: Dataset, query_loss: str) -> Head:
+    """The head for the dataset's labels.
+
+    Clicks: the softmax over two outputs of paper 001 (Methods), of which only the difference counts; that is the one
+    output here, so that the loss is the cross-entropy of its sigmoid.
+
+    Raises:
+        UserError: --query-loss absolute for clicks.
+    """
+    label = dataset.label
+    if label.kind == "click":
+        if query_loss != "squared":
+            raise UserError(
+                f"--query-loss {query_loss}: the labels are clicks, whose loss is the cross-entropy; leave it"
+            )
+        return Head(cross_entropy, cross_entropy_delta, torch.sigmoid, 0.0)
+    error = {"squared": squared_error, "absolute": absolute_error}[query_loss]
+    return Head(error, squared_error_delta, lambda output: output, (label.minimum + label.maximum) / 2)
 
 
 class GradientMethod(Method):
-    """Embeddings of user and item fields, a decision MLP, and k inner steps on the support's squared error."""
+    """Embeddings of user and item fields, a decision MLP, and k inner steps on the support's loss."""
 
     def __init__(self, options: Any, dataset: Dataset, items: dict[str, Bag]) -> None:
         super().__init__(options, dataset, items)
+        self.head = head(dataset, options.query_loss)
         self.embedding = Embedding(dataset, items, options.embedding, options.item_ids)
         self.decision = Decision(self.embedding.user_width + self.embedding.item_width, options.hidden, options.wide)
-        with torch.no_grad():  # start from the middle of the scale instead of learning it
-            self.decision.output_bias.fill_((dataset.label.minimum + dataset.label.maximum) / 2)
+        with torch.no_grad():
+            self.decision.output_bias.fill_(self.head.start)
         names = self.adapted()
         self.log_rate = nn.Parameter(
             torch.full((len(names),), options.local_lr).log(), requires_grad=options.learn_rates
@@ -49,7 +90,7 @@ class GradientMethod(Method):
     def adapted(self) -> list[Map]:
         """The maps that the inner loop changes."""
 
-    def rates(self, block: TaskBlock) -> Mapping[Map, Tensor | float]:
+    def rates(self, block: TaskBlock, encoded: Encoded) -> Mapping[Map, Rate]:
         """Step size of each adapted map: positive, one a layer, learned where the options say so (MAML++'s LSLR)."""
         return dict(zip(self.adapted(), self.log_rate.exp().unbind(), strict=True))
 
@@ -59,27 +100,40 @@ class GradientMethod(Method):
             tape, tape.lookup(self.embedding.users(), users), tape.lookup(self.embedding.items(), items)
         )
 
-    def fast_weights(self, block: TaskBlock, encoded: Encoded) -> FastWeights:
-        """The block's tasks after the inner loop; looks at user fields and support rows only."""
+    def fast_weights(
+        self, block: TaskBlock, encoded: Encoded, rates: Mapping[Map, Rate] | None = None, **more: Any
+    ) -> FastWeights:
+        """The block's tasks after the inner loop; looks at user fields and support rows only.
+
+        Args:
+            rates: step size of each adapted map; none: the method's.
+            more: further arguments of `adaptation.inner.adapt`.
+        """
         first_order = self.options.first_order
         users, items = encoded.support(block, detach=first_order)
         return adapt(
             lambda tape: self(tape, users, items),
             block.support,
-            self.rates(block),
+            self.rates(block, encoded) if rates is None else rates,
             steps=self.options.steps,
             first_order=first_order,
             plan=Plan(self.options.steps, block.query.item.shape[1], self.options.form),
+            delta=self.head.delta,
+            **more,
         )
 
-    def scores(self, block: TaskBlock, encoded: Encoded, fast: FastWeights) -> Tensor:
-        """Predictions [b, Q] of the query rows with adapted weights."""
+    def outputs(self, block: TaskBlock, encoded: Encoded, fast: FastWeights) -> Tensor:
+        """The network's outputs [b, Q] for the query rows with adapted weights."""
         return self(Tape(fast), *encoded.query(block)).part.rows().squeeze(-1)
+
+    def block_loss(self, block: TaskBlock, encoded: Encoded) -> Tensor:
+        """Query loss [b] of the block's tasks after adaptation, with graph."""
+        fast = self.fast_weights(block, encoded)
+        return self.head.error(self.outputs(block, encoded, fast), block.query)
 
     def loss(self, batch: TaskBatch) -> Tensor:
         encoded = self.embedding.encode(batch)
-        error = QUERY_LOSSES[self.options.query_loss]
-        losses = [error(self.scores(block, encoded, self.fast_weights(block, encoded)), block.query) for block in batch]
+        losses = [self.block_loss(block, encoded) for block in batch]
         return torch.cat(losses) if losses else self.log_rate.new_zeros(0)
 
     @torch.no_grad()
@@ -90,4 +144,5 @@ class GradientMethod(Method):
     @torch.no_grad()
     def predict(self, state: list[FastWeights], batch: TaskBatch) -> list[Tensor]:
         encoded = self.embedding.encode(batch)
-        return [self.scores(block, encoded, fast) for fast, block in zip(state, batch, strict=True)]
+        pairs = zip(state, batch, strict=True)
+        return [self.head.score(self.outputs(block, encoded, fast)) for fast, block in pairs]

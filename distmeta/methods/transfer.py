@@ -7,13 +7,13 @@ inner loop; the difference is that training does not look ahead to it.
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from distmeta.adaptation.fast import FastWeights
 from distmeta.adaptation.maps import Map
-from distmeta.methods.gradient import QUERY_LOSSES, GradientMethod
-from distmeta.tasks import TaskBatch
+from distmeta.methods.gradient import GradientMethod
+from distmeta.networks import Encoded
+from distmeta.tasks import TaskBlock
 
 
 class Transfer(GradientMethod):
@@ -26,13 +26,8 @@ class Transfer(GradientMethod):
             return list(self.decision)
         return [*self.embedding.users().values(), *self.embedding.items().values(), *self.decision]
 
-    def loss(self, batch: TaskBatch) -> Tensor:
-        """Mean loss [B] over each task's support and query rows at the joint parameters: no inner step."""
-        encoded = self.embedding.encode(batch)
-        error = QUERY_LOSSES[self.options.query_loss]
-        losses = []
-        for block in batch:
-            whole = replace(block, query=block.rows())
-            unmoved = FastWeights({}, lambda *_: False)
-            losses.append(error(self.scores(whole, encoded, unmoved), whole.query))
-        return torch.cat(losses) if losses else self.log_rate.new_zeros(0)
+    def block_loss(self, block: TaskBlock, encoded: Encoded) -> Tensor:
+        """Mean loss [b] over each task's support and query rows at the joint parameters: no inner step."""
+        whole = replace(block, query=block.rows())
+        unmoved = FastWeights({}, lambda *_: False)
+        return self.head.error(self.outputs(whole, encoded, unmoved), whole.query)

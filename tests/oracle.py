@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from distmeta.adaptation.maps import Each
 from distmeta.data.schema import Dataset, Field, Label
 from distmeta.methods.gradient import GradientMethod
 from distmeta.networks import ITEM_ID
@@ -117,29 +118,33 @@ def parameters(method: GradientMethod) -> dict[str, Tensor]:
     return named
 
 
-def losses(method: GradientMethod, batch: TaskBatch, rate=None) -> Tensor:
+def losses(method: GradientMethod, batch: TaskBatch, rate=None, norms: list[Tensor] | None = None) -> Tensor:
     """Query loss [B] of every task after the inner loop, each with its own copy of every adapted weight.
 
-    rate(block, b, map) -> step size; default: the method's own, one a layer.
+    rate(block, b, map) -> step size; default: the method's own, the same for all tasks.
+    norms: where given, the squared norm of each task's first inner gradient is put into it.
     """
     shared = parameters(method)
     adapted = {id(m.weight) for m in method.adapted()} | {id(m.bias) for m in method.adapted() if hasattr(m, "bias")}
     owner = {id(p): m for m in method.adapted() for p in m.parameters()}
     out = []
-    for block in batch:
-        own = dict(method.rates(block, method.embedding.encode(batch)))
+    for block, own in zip(batch, method.rates(batch, method.embedding.encode(batch)), strict=True):
         for b in range(len(block.task)):
             inputs, labels = one_task(method, batch, block, b, support=True)
             fast = dict(shared)
-            for _ in range(method.options.steps if len(labels) else 0):
+            for step in range(method.options.steps if len(labels) else 0):
                 loss = (network(fast, inputs) - labels).square().mean()
                 names = [n for n in fast if id(shared[n]) in adapted]
                 gradients = torch.autograd.grad(
                     loss, [fast[n] for n in names], create_graph=not method.options.first_order
                 )
+                if norms is not None and step == 0:
+                    norms.append(sum(g.square().sum() for g in gradients))  # type: ignore[arg-type]
                 for n, g in zip(names, gradients, strict=True):
                     m = owner[id(shared[n])]
                     alpha = rate(block, b, m) if rate else own[m]
+                    if isinstance(alpha, Each):
+                        alpha = alpha.bias if shared[n] is getattr(m, "bias", None) else alpha.weight
                     fast[n] = fast[n] - alpha * g
             inputs, labels = one_task(method, batch, block, b, support=False)
             out.append((network(fast, inputs) - labels).square().mean())

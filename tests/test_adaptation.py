@@ -18,8 +18,10 @@ from distmeta.adaptation.overlap import overlap
 from distmeta.adaptation.tape import Node, Tape
 from distmeta.errors import RunError
 from distmeta.methods import options
+from distmeta.methods.gradient import GradientMethod
 from distmeta.methods.melu import MeLU
 from distmeta.methods.metacs import MetaCS
+from distmeta.methods.metasgd import MetaSGD
 from distmeta.tasks import Bag, Rows, TaskBatch
 
 RAGGED = ([[5, 3, 1, 0], [7, 6]], [[2, 4, 3, 2], [1, 5]])
@@ -34,6 +36,11 @@ def method(name: str, **changes) -> MeLU | MetaCS:
     base = {"melu": (MeLU, options.MeLU()), "metacs": (MetaCS, options.MetaCS())}[name]
     o = replace(base[1], embedding=3, hidden=(6, 5), local_lr=0.03, item_ids=True, **changes)
     return oracle.build(base[0], o)  # type: ignore[return-value]
+
+
+def first_block(m: GradientMethod, batch: TaskBatch) -> FastWeights:
+    encoded = m.embedding.encode(batch)
+    return m.fast_weights(batch.blocks[0], encoded, m.rates(batch, encoded)[0])
 
 
 def close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1e-9) -> None:
@@ -84,13 +91,45 @@ def test_personal_rates(form):
     m = method("metacs", steps=2, form=form)
     batch = oracle.batch(*RAGGED)
     alphas = {id(block): torch.rand(len(block.task), dtype=torch.float64).mul(0.05).requires_grad_() for block in batch}
-    m.rates = lambda block: {a: alphas[id(block)][:, None, None] for a in m.adapted()}  # type: ignore[method-assign]
+    m.rates = lambda batch, _: [{a: alphas[id(block)][:, None, None] for a in m.adapted()} for block in batch]  # type: ignore[method-assign]
     ours = m.loss(batch)
     theirs = oracle.losses(m, batch, rate=lambda block, b, _: alphas[id(block)][b])
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     for alpha in alphas.values():
         a, b = (torch.autograd.grad(x.sum(), alpha, retain_graph=True)[0] for x in (ours, theirs))
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("tuned", "steps", "first_order"), itertools.product(("decision", "all"), (1, 3), (False, True))
+)
+def test_a_step_for_each_parameter(tuned, steps, first_order):
+    """Meta-SGD: values, and the gradients of weights and of the steps themselves, some of them negative."""
+    base = options.MetaSGD(embedding=3, hidden=(6, 5), local_lr=0.03, item_ids=True, wide=True)
+    m = oracle.build(MetaSGD, replace(base, tuned=tuned, steps=steps, first_order=first_order))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in (*m.rate_weights, *m.rate_biases):
+            p += 0.03 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    batch = oracle.batch(*RAGGED)
+    ours, theirs = m.loss(batch), oracle.losses(m, batch)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    close(oracle.gradients(ours, m), oracle.gradients(theirs, m))
+
+
+@pytest.mark.parametrize("name", ["melu", "metacs"])
+def test_squared_norm_of_the_inner_gradient(name):
+    """REG-PAML's regulariser: values and derivatives of ‖∂L/∂θ‖² at the first step; 0 for a task without support."""
+    m, batch = method(name, steps=2, wide=True), oracle.batch(*RAGGED)
+    encoded, ours, theirs = m.embedding.encode(batch), [], []
+    for block, rates in zip(batch, m.rates(batch, encoded), strict=True):
+        m.fast_weights(block, encoded, rates, ours)
+    oracle.losses(m, batch, norms=theirs)
+    ours = torch.cat(ours)
+    assert ours[3] == 0
+    ours = ours[[0, 1, 2, 4, 5]]
+    torch.testing.assert_close(ours, torch.stack(theirs), rtol=1e-9, atol=1e-9)
+    close(oracle.gradients(ours, m), oracle.gradients(torch.stack(theirs), m))
 
 
 def test_personal_initial_weights():
@@ -127,7 +166,7 @@ def test_caveat_1_first_order_carries_no_graph_of_the_support():
     first, exact = method("metacs", steps=2, first_order=True, form="dual"), method("metacs", steps=2, form="dual")
     stored = {}
     for m in (first, exact):
-        fast = m.fast_weights(batch.blocks[0], m.embedding.encode(batch))
+        fast = first_block(m, batch)
         pairs = [pair for layer in fast.linear.values() for pair in layer.pairs]
         stored[m] = [t for pair in pairs for t in (pair.delta, *(p.rows() for p in pair.x.parts))]
     assert not any(t.requires_grad for t in stored[first])
@@ -187,7 +226,7 @@ def test_caveat_3_pairs_merge_only_where_the_input_stands_still():
     batch = oracle.batch(*RAGGED)
     for name, merged in (("melu", 1), ("metacs", 3)):
         m = method(name, steps=3, form="dual")
-        fast = m.fast_weights(batch.blocks[0], m.embedding.encode(batch))
+        fast = first_block(m, batch)
         first, second, *_ = m.decision
         assert len(fast.linear[first].pairs) == merged
         assert len(fast.linear[second].pairs) == 3

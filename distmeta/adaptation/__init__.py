@@ -9,5 +9,6 @@ cost.py      which of the two forms a layer gets
 chain.py     ReLU and dense layer in turn, as two autograd nodes with a reverse pass written out
 products.py  batched products and steps whose gradients are written out
 tape.py      a forward pass that can write its own δ in differentiable operations
+norm.py      the squared norm of each task's gradient
 inner.py     the loop: steps, order, rates
 """

@@ -3,7 +3,8 @@
 A dense layer is kept in one of two forms that agree to rounding (cost.py chooses):
 dual, as pairs (x_s, δ) with  x W' + b' = x W + b − Σ_pairs α (x x_sᵀ + 1) δ;
 private, as a weight matrix a task. A table is always dual.
-The step size α multiplies the Gram matrix, which is smaller than δ, and is the same in every step.
+The step size α multiplies the Gram matrix, which is smaller than δ, and is the same in every step. One for each
+element of a dense layer breaks the low rank, so such a layer is private; a table's stays dual, e' = E[i] − A[i] ∘ Gδ.
 
 Shape letters: b tasks, R rows at hand, S support rows, d inputs, h outputs, e embedding width.
 """
@@ -17,13 +18,11 @@ from torch import Tensor
 
 from distmeta.adaptation import chain
 from distmeta.adaptation.features import Features, PerTask
-from distmeta.adaptation.maps import Linear, Map, Table
+from distmeta.adaptation.lookup import gather
+from distmeta.adaptation.maps import Each, Linear, Map, Rate, Table
 from distmeta.adaptation.overlap import overlap
-from distmeta.adaptation.products import descend, descend_weight, inner
+from distmeta.adaptation.products import descend, descend_each, descend_weight, inner
 from distmeta.tasks import Bag
-
-Rate = Tensor | float
-"""Step size of a map: a number, or a tensor that broadcasts against [b, R, S]: scalar or [b, 1, 1]."""
 
 
 @dataclass
@@ -32,7 +31,7 @@ class Pair:
 
     x: Features
     delta: Tensor
-    rate: Rate
+    rate: Tensor | float
     grams: dict[tuple[int, bool], tuple[Features, Tensor]] = field(default_factory=dict)
 
     def gram(self, x: Features) -> Tensor:
@@ -105,6 +104,7 @@ class Dual:
         return out
 
     def add(self, x: Features, delta: Tensor, rate: Rate) -> "Dual":
+        assert not isinstance(rate, Each)
         for i, pair in enumerate(self.pairs):
             if pair.x is x:  # an input that does not move: its pairs share x_s and their δ add up
                 merged = Pair(x, pair.delta + delta, rate, pair.grams)
@@ -152,6 +152,8 @@ class Private:
         return inner(delta, self._slices(x)[part])
 
     def add(self, x: Features, delta: Tensor, rate: Rate) -> "Private":
+        if isinstance(rate, Each):
+            return self._add_each(x, delta, rate)
         weights, bias = [], self.bias
         for i, (p, w) in enumerate(zip(x.parts, self._slices(x), strict=True)):
             d = delta.sum(1, keepdim=True) if isinstance(p, PerTask) else delta
@@ -161,6 +163,14 @@ class Private:
                 w = descend_weight(w, p.rows(), d, rate)
             weights.append(w)
         return Private(tuple(weights), bias)
+
+    def _add_each(self, x: Features, delta: Tensor, rate: Each) -> "Private":
+        assert rate.bias is not None
+        weights, total = [], delta.sum(1, keepdim=True)
+        for p, w, a in zip(x.parts, self._slices(x), x.slices(rate.weight), strict=True):
+            d = total if isinstance(p, PerTask) else delta
+            weights.append(descend_each(w, p.rows(), d, a))
+        return Private(tuple(weights), self.bias - rate.bias * total)
 
 
 class FastTable:
@@ -173,6 +183,28 @@ class FastTable:
 
     def correction(self, bag: Bag, overlaps: dict[tuple[int, int], tuple[Bag, Bag, Tensor]]) -> Tensor:
         """What the steps have subtracted from the embeddings of `bag` [b, R, M]: Σ α overlap · δ, [b, R, e]."""
+        if isinstance(self.rate, Each):
+            return self._correction_each(bag, self.rate.weight, overlaps)
+        return self._moved(bag, self.rate, overlaps)
+
+    def _correction_each(
+        self, bag: Bag, rate: Tensor, overlaps: dict[tuple[int, int], tuple[Bag, Bag, Tensor]]
+    ) -> Tensor:
+        """The same with a step size A [V, e] for each element: value by value, Σ_m w_m A[i_m] ∘ (overlap_m · δ)."""
+        b, r, m = bag.index.shape
+        if m == 1:
+            return gather(rate, bag.index[:, :, 0]) * self._moved(bag, 1.0, overlaps)
+        key = (id(bag), 0)
+        if key not in overlaps:
+            weight = None if bag.weight is None else bag.weight.reshape(b, r * m, 1)
+            overlaps[key] = (bag, Bag(bag.index.reshape(b, r * m, 1), weight), rate)
+        values = overlaps[key][1]
+        moved = gather(rate, values.index[:, :, 0]) * self._moved(values, 1.0, overlaps)
+        return moved.view(b, r, m, -1).sum(2)
+
+    def _moved(
+        self, bag: Bag, rate: Tensor | float, overlaps: dict[tuple[int, int], tuple[Bag, Bag, Tensor]]
+    ) -> Tensor:
         size, total = self.table.weight.shape[0], None
         for other, delta in self.pairs:
             key = (id(bag), id(other))
@@ -182,7 +214,7 @@ class FastTable:
                     other,
                     overlap(bag, other, size, delta.dtype),
                 )  # both held: ids stay theirs
-            term = torch.bmm(overlaps[key][2] * self.rate, delta)
+            term = torch.bmm(overlaps[key][2] * rate, delta)
             total = term if total is None else total + term
         assert total is not None
         return total
@@ -200,20 +232,21 @@ Form = Callable[[Linear, Features, int], bool]
 
 def _number(rate: Rate) -> Rate:
     """A rate that needs no gradient as a number, which costs less in every product; on other devices it stays."""
-    fixed = isinstance(rate, Tensor) and not rate.requires_grad and rate.dim() == 0 and rate.device.type == "cpu"
-    return float(rate) if fixed else rate
+    if isinstance(rate, Tensor) and not rate.requires_grad and rate.dim() == 0 and rate.device.type == "cpu":
+        return float(rate)
+    return rate
 
 
 class FastWeights:
     """What a block's inner loop has changed so far; maps that are not in it are as they were.
 
     Args:
-        rates: step size of each adapted map, the same in every step: a number, a scalar parameter (learned) or
-            [b, 1, 1] (personal).
+        rates: step size of each adapted map, the same in every step: a number, a scalar parameter (learned),
+            [b, 1, 1] (personal), or one for each parameter.
         private: chooses the form of a dense layer when it takes its first step.
     """
 
-    def __init__(self, rates: Mapping[Map, Tensor | float], private: Form) -> None:
+    def __init__(self, rates: Mapping[Map, Rate], private: Form) -> None:
         self.rates = {m: _number(r) for m, r in rates.items()}
         self.private = private
         self.linear: dict[Linear, FastLinear] = {}
@@ -239,7 +272,7 @@ class FastWeights:
                 if isinstance(m, Linear):
                     assert isinstance(x, Features)
                     if m not in self.linear:
-                        chosen = self.private(m, x, delta.shape[1])
+                        chosen = isinstance(rate, Each) or self.private(m, x, delta.shape[1])
                         self.linear[m] = Private.of(m) if chosen else Dual(m)
                     self.linear[m] = self.linear[m].add(x, delta, rate)
                 else:

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from distmeta.adaptation.cost import Plan
 from distmeta.adaptation.fast import FastWeights
-from distmeta.adaptation.maps import Map
+from distmeta.adaptation.maps import Map, Rate
+from distmeta.adaptation.norm import squared_norm
 from distmeta.adaptation.tape import Node, Tape
 from distmeta.tasks import Rows
 
@@ -43,12 +44,13 @@ def _share(rows: Rows, dtype: torch.dtype) -> Tensor:
 def adapt(
     forward: Callable[[Tape], Node],
     support: Rows,
-    rates: Mapping[Map, Tensor | float],
+    rates: Mapping[Map, Rate],
     *,
     steps: int,
     first_order: bool,
     plan: Plan,
     delta: Callable[[Tensor, Rows], Tensor] = squared_error_delta,
+    norm: list[Tensor] | None = None,
 ) -> FastWeights:
     """Fast weights of a block's tasks after `steps` full-batch gradient steps on the support.
 
@@ -60,13 +62,17 @@ def adapt(
             the shared weights through the query pass, and the rates.
         plan: chooses dual or private weights, layer by layer.
         delta: derivative of the support loss by the predictions, in differentiable operations.
+        norm: where given, ‖∂L/∂θ‖² [b] of the first step, over all adapted maps, is put into it; with graph unless
+            `first_order`.
     """
     fast = FastWeights(rates, plan.private)
-    for _ in range(steps):
+    for step in range(steps):
         with torch.no_grad() if first_order else contextlib.nullcontext():
             tape = Tape(fast)
             out = forward(tape)
             y = out.part.rows()
             records = tape.backward(out, delta(y.squeeze(-1), support).unsqueeze(-1))
+            if norm is not None and step == 0:
+                norm.append(squared_norm(records))
         fast.step(records)
     return fast

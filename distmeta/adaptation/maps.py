@@ -1,9 +1,10 @@
 """The linear maps that an inner loop can adapt: dense layers and embedding tables."""
 
 import math
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Linear(nn.Module):
@@ -29,3 +30,18 @@ class Table(nn.Module):
 
 
 Map = Linear | Table
+
+
+@dataclass(frozen=True)
+class Each:
+    """A step size for every parameter of a map (Meta-SGD, Li et al. 2017)."""
+
+    weight: Tensor
+    """Like the map's weight."""
+    bias: Tensor | None = None
+    """Like a dense layer's bias; None for a table."""
+
+
+Rate = Tensor | float | Each
+"""Step size of a map: a number; a tensor that broadcasts against [b, R, S], so a scalar or, personal, [b, 1, 1]; or
+one for each parameter."""

@@ -83,6 +83,26 @@ class _Descend(torch.autograd.Function):
         return g.sum_to_size(own), gbias[0].sum_to_size(shared) if gbias else None, gx, moved.mul_(-rate), grate
 
 
+class _DescendEach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, x: Tensor, delta: Tensor, rate: Tensor) -> Tensor:
+        gradient = transposed_product(x, delta)
+        ctx.save_for_backward(x, delta, rate, gradient)
+        ctx.own = weight.shape
+        return torch.addcmul(weight, rate, gradient, value=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
+        (g,), (x, delta, rate, gradient) = grad, ctx.saved_tensors
+        moved = g * -rate
+        return (
+            g.sum_to_size(ctx.own) if ctx.needs_input_grad[0] else None,
+            product_transposed(delta, moved) if ctx.needs_input_grad[1] else None,
+            products_with(x, moved) if ctx.needs_input_grad[2] else None,
+            (g * gradient).sum(0).neg_() if ctx.needs_input_grad[3] else None,
+        )
+
+
 class _ReluDelta(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, delta: Tensor, y: Tensor, slope: float) -> Tensor:
@@ -146,6 +166,11 @@ def descend(weight: Tensor, bias: Tensor, x: Tensor, delta: Tensor, rate: Tensor
 def descend_weight(weight: Tensor, x: Tensor, delta: Tensor, rate: Tensor | float) -> Tensor:
     """The first of `descend`."""
     return _Descend.apply(weight, None, x, delta, rate)  # type: ignore[return-value]
+
+
+def descend_each(weight: Tensor, x: Tensor, delta: Tensor, rate: Tensor) -> Tensor:
+    """W − A ∘ xᵀ δ [b, d, h] with a step size for each element, A [d, h]; W shared or private as in `descend`."""
+    return _DescendEach.apply(weight, x, delta, rate)  # type: ignore[return-value]
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:

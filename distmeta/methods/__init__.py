@@ -29,6 +29,7 @@ GRADIENT = {"lr": 2e-3, "batch_size": 32}
 METHODS: dict[str, Entry] = {
     "melu": Entry("melu", "MeLU", options.MeLU, GRADIENT),
     "metacs": Entry("metacs", "MetaCS", options.MetaCS, GRADIENT),
+    "metasgd": Entry("metasgd", "MetaSGD", options.MetaSGD, GRADIENT),
     "transfer": Entry("transfer", "Transfer", options.Transfer, GRADIENT),
     "constant": Entry("constant", "Constant", options.Constant),
     "itemmean": Entry("itemmean", "ItemMean", options.ItemMean),

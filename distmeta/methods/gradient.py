@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distmeta.adaptation.cost import Plan
-from distmeta.adaptation.fast import FastWeights, Rate
+from distmeta.adaptation.fast import FastWeights
 from distmeta.adaptation.inner import (
     adapt,
     cross_entropy,
@@ -22,7 +22,7 @@ from distmeta.adaptation.inner import (
     squared_error,
     squared_error_delta,
 )
-from distmeta.adaptation.maps import Map
+from distmeta.adaptation.maps import Map, Rate
 from distmeta.adaptation.tape import Node, Tape
 from distmeta.data.schema import Dataset
 from distmeta.errors import UserError
@@ -81,18 +81,18 @@ class GradientMethod(Method):
         self.decision = Decision(self.embedding.user_width + self.embedding.item_width, options.hidden, options.wide)
         with torch.no_grad():
             self.decision.output_bias.fill_(self.head.start)
-        names = self.adapted()
-        self.log_rate = nn.Parameter(
-            torch.full((len(names),), options.local_lr).log(), requires_grad=options.learn_rates
-        )
 
     @abstractmethod
     def adapted(self) -> list[Map]:
         """The maps that the inner loop changes."""
 
-    def rates(self, block: TaskBlock, encoded: Encoded) -> Mapping[Map, Rate]:
-        """Step size of each adapted map: positive, one a layer, learned where the options say so (MAML++'s LSLR)."""
-        return dict(zip(self.adapted(), self.log_rate.exp().unbind(), strict=True))
+    @abstractmethod
+    def rates(self, batch: TaskBatch, encoded: Encoded) -> list[Mapping[Map, Rate]]:
+        """Step size of each adapted map, for the tasks of each block."""
+
+    def everything(self) -> list[Map]:
+        """All maps: the embedding tables and the decision layers."""
+        return [*self.embedding.users().values(), *self.embedding.items().values(), *self.decision]
 
     def forward(self, tape: Tape, users: UserPlace, items: ItemPlace) -> Node:
         """Predictions [b, R, 1] of the rows at `items` for the users at `users`."""
@@ -101,48 +101,63 @@ class GradientMethod(Method):
         )
 
     def fast_weights(
-        self, block: TaskBlock, encoded: Encoded, rates: Mapping[Map, Rate] | None = None, **more: Any
+        self, block: TaskBlock, encoded: Encoded, rates: Mapping[Map, Rate], norm: list[Tensor] | None = None
     ) -> FastWeights:
         """The block's tasks after the inner loop; looks at user fields and support rows only.
 
         Args:
-            rates: step size of each adapted map; none: the method's.
-            more: further arguments of `adaptation.inner.adapt`.
+            rates: step size of each adapted map.
+            norm: as `adaptation.inner.adapt` takes it.
         """
         first_order = self.options.first_order
         users, items = encoded.support(block, detach=first_order)
         return adapt(
             lambda tape: self(tape, users, items),
             block.support,
-            self.rates(block, encoded) if rates is None else rates,
+            rates,
             steps=self.options.steps,
             first_order=first_order,
             plan=Plan(self.options.steps, block.query.item.shape[1], self.options.form),
             delta=self.head.delta,
-            **more,
+            norm=norm,
         )
 
     def outputs(self, block: TaskBlock, encoded: Encoded, fast: FastWeights) -> Tensor:
         """The network's outputs [b, Q] for the query rows with adapted weights."""
         return self(Tape(fast), *encoded.query(block)).part.rows().squeeze(-1)
 
-    def block_loss(self, block: TaskBlock, encoded: Encoded) -> Tensor:
+    def block_loss(self, block: TaskBlock, encoded: Encoded, rates: Mapping[Map, Rate]) -> Tensor:
         """Query loss [b] of the block's tasks after adaptation, with graph."""
-        fast = self.fast_weights(block, encoded)
-        return self.head.error(self.outputs(block, encoded, fast), block.query)
+        return self.head.error(self.outputs(block, encoded, self.fast_weights(block, encoded, rates)), block.query)
 
     def loss(self, batch: TaskBatch) -> Tensor:
         encoded = self.embedding.encode(batch)
-        losses = [self.block_loss(block, encoded) for block in batch]
-        return torch.cat(losses) if losses else self.log_rate.new_zeros(0)
+        rates = self.rates(batch, encoded)
+        losses = [self.block_loss(block, encoded, own) for block, own in zip(batch, rates, strict=True)]
+        return torch.cat(losses) if losses else self.decision.output_bias.new_zeros(0)
 
     @torch.no_grad()
     def adapt(self, batch: TaskBatch) -> list[FastWeights]:
         encoded = self.embedding.encode(batch)
-        return [self.fast_weights(block, encoded) for block in batch]
+        rates = self.rates(batch, encoded)
+        return [self.fast_weights(block, encoded, own) for block, own in zip(batch, rates, strict=True)]
 
     @torch.no_grad()
     def predict(self, state: list[FastWeights], batch: TaskBatch) -> list[Tensor]:
         encoded = self.embedding.encode(batch)
         pairs = zip(state, batch, strict=True)
         return [self.head.score(self.outputs(block, encoded, fast)) for fast, block in pairs]
+
+
+class LayerRates(GradientMethod):
+    """A step size for each adapted map, positive, the same for all tasks; learned where the options say so (MAML++,
+    Antoniou et al. 2019)."""
+
+    def __init__(self, options: Any, dataset: Dataset, items: dict[str, Bag]) -> None:
+        super().__init__(options, dataset, items)
+        start = torch.full((len(self.adapted()),), options.local_lr).log()
+        self.log_rate = nn.Parameter(start, requires_grad=options.learn_rates)
+
+    def rates(self, batch: TaskBatch, encoded: Encoded) -> list[Mapping[Map, Rate]]:
+        rates: dict[Map, Rate] = dict(zip(self.adapted(), self.log_rate.exp().unbind(), strict=True))
+        return [rates] * len(batch.blocks)

@@ -6,10 +6,10 @@ all parameters through the exact second-order meta-gradient. The public code cut
 """
 
 from distmeta.adaptation.maps import Map
-from distmeta.methods.gradient import GradientMethod
+from distmeta.methods.gradient import LayerRates
 
 
-class MeLU(GradientMethod):
+class MeLU(LayerRates):
     """Decision layers adapted, embeddings fixed inside."""
 
     name = "melu"

@@ -5,13 +5,13 @@ parameters from the inputs to the predictions"; so the embedding tables adapt to
 """
 
 from distmeta.adaptation.maps import Map
-from distmeta.methods.gradient import GradientMethod
+from distmeta.methods.gradient import LayerRates
 
 
-class MetaCS(GradientMethod):
+class MetaCS(LayerRates):
     """Embeddings and decision layers adapted."""
 
     name = "metacs"
 
     def adapted(self) -> list[Map]:
-        return [*self.embedding.users().values(), *self.embedding.items().values(), *self.decision]
+        return self.everything()

@@ -50,18 +50,24 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Gradient(Network):
+class Inner(Network):
     """MAML for recommendation: embeddings, a decision MLP and inner steps on the support."""
 
-    steps: int = option(5, "Inner gradient steps on the support; MeLU's paper takes 1.", least=0)
+    steps: int = option(5, "Inner gradient steps on the support; the papers take 1.", least=0)
     local_lr: float = option(0.1, "Inner step size; where it is learned, what it starts from.", least=0)
-    learn_rates: bool = option(True, "Learn the inner step size of each layer.")
     query_loss: str = option(
         "squared",
         "Query loss of the meta-update: squared, as the papers', or absolute, which is what MAE measures.",
         ("squared", "absolute"),
     )
     first_order: bool = option(False, "Leave the derivative of the inner gradients out of the meta-gradient.")
+
+
+@dataclass(frozen=True)
+class Gradient(Inner):
+    """A step size for each adapted layer."""
+
+    learn_rates: bool = option(True, "Learn the inner step size of each layer.")
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,15 @@ class MeLU(Gradient):
 @dataclass(frozen=True)
 class MetaCS(Gradient):
     """Everything adapts, embedding tables included."""
+
+
+@dataclass(frozen=True)
+class MetaSGD(Inner):
+    """A learned step size for each adapted parameter."""
+
+    tuned: str = option(
+        "decision", "What adapts: the decision layers, or all layers and embeddings.", ("decision", "all")
+    )
 
 
 @dataclass(frozen=True)

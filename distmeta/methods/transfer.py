@@ -5,18 +5,19 @@ test data" (after Tan et al., ICANN 2018). The network is that of the other grad
 inner loop; the difference is that training does not look ahead to it.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
 
 from distmeta.adaptation.fast import FastWeights
-from distmeta.adaptation.maps import Map
-from distmeta.methods.gradient import GradientMethod
+from distmeta.adaptation.maps import Map, Rate
+from distmeta.methods.gradient import LayerRates
 from distmeta.networks import Encoded
 from distmeta.tasks import TaskBlock
 
 
-class Transfer(GradientMethod):
+class Transfer(LayerRates):
     """Joint training over support and query rows alike; plain gradient steps on a new user's support."""
 
     name = "transfer"
@@ -24,9 +25,9 @@ class Transfer(GradientMethod):
     def adapted(self) -> list[Map]:
         if self.options.tuned == "decision":
             return list(self.decision)
-        return [*self.embedding.users().values(), *self.embedding.items().values(), *self.decision]
+        return self.everything()
 
-    def block_loss(self, block: TaskBlock, encoded: Encoded) -> Tensor:
+    def block_loss(self, block: TaskBlock, encoded: Encoded, rates: Mapping[Map, Rate]) -> Tensor:
         """Mean loss [b] over each task's support and query rows at the joint parameters: no inner step."""
         whole = replace(block, query=block.rows())
         unmoved = FastWeights({}, lambda *_: False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distmeta.adaptation.features import Gathered, Part, PerTask, Unique
-from distmeta.adaptation.lookup import lookup
+from distmeta.adaptation.lookup import gather, lookup
 from distmeta.adaptation.maps import Linear, Table
 from distmeta.adaptation.tape import Node, Tape
 from distmeta.data.schema import Dataset, Field
@@ -144,6 +144,17 @@ class Encoded:
     def query(self, block: TaskBlock) -> tuple[UserPlace, ItemPlace]:
         """Users and items of the query rows."""
         return self._places(block, block.query, self._unique)
+
+    def users(self, block: TaskBlock) -> Tensor:
+        """Embedded fields of the block's users side by side: [b, F · e]; without fields [b, 0]."""
+        return self._user_place(block).base().rows().squeeze(1)
+
+    def history(self, block: TaskBlock) -> Tensor:
+        """Mean embedding of each task's support items: [b, F · e]; 0 without support."""
+        mask = block.support.mask.to(self._unique.x.dtype)
+        share = mask / mask.sum(1, keepdim=True).clamp(min=1)
+        rows = gather(self._unique.x, block.support.item)
+        return torch.bmm(share.unsqueeze(1), rows).squeeze(1)
 
     def _places(self, block: TaskBlock, rows: Rows, unique: Unique) -> tuple[UserPlace, ItemPlace]:
         return self._user_place(block), ItemPlace(unique, self._bags, rows.item)

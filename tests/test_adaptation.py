@@ -101,7 +101,7 @@ def test_personal_rates(form):
 
 
 @pytest.mark.parametrize(
-    ("tuned", "steps", "first_order"), itertools.product(("decision", "all"), (1, 3), (False, True))
+    ("tuned", "steps", "first_order"), list(itertools.product(("decision", "all"), (1, 3), (False, True)))
 )
 def test_a_step_for_each_parameter(tuned, steps, first_order):
     """Meta-SGD: values, and the gradients of weights and of the steps themselves, some of them negative."""

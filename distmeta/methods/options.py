@@ -90,6 +90,53 @@ class MetaSGD(Inner):
 
 
 @dataclass(frozen=True)
+class HML(Gradient):
+    """Several MeLU initialisations; each task takes the one that adapts to it best."""
+
+    clusters: int = option(3, "Initialisations, K.", least=1)
+    own: str = option(
+        "decision", "What each has of its own: the decision layers, or all layers and embeddings.", ("decision", "all")
+    )
+    draws: int = option(5, "Splits of a new task's support by which its initialisation is chosen.", least=1)
+    warm_epochs: int = option(5, "Epochs of one common solution, which the K then start from.", least=0)
+
+
+@dataclass(frozen=True)
+class PAML(Gradient):
+    """The inner step size is personal: a network maps the user embedding to it."""
+
+    rate_hidden: int = option(32, "Width of the hidden layer of the network that gives a user's step size.", least=1)
+    history: bool = option(
+        False, "Put the mean embedding of the support's items into the user embedding, beside the user's fields."
+    )
+
+
+@dataclass(frozen=True)
+class RegPAML(PAML):
+    """PAML with the regulariser that keeps known users in mind."""
+
+    gamma: float = option(
+        1e-3, "Weight of the regulariser, the squared norm of the support gradient times |α|.", least=0
+    )
+
+
+@dataclass(frozen=True)
+class ATPAML(PAML):
+    """PAML that looks up the step sizes of similar users."""
+
+    nearest: int = option(8, "Similar users whose step sizes are looked up.", least=1)
+    capacity: int = option(1_000_000, "Users that are kept; beyond it the least recently used leave.", least=1)
+    warm_up: int = option(
+        256, "Users to keep before any are looked up; until then everyone takes steps of --local-lr.", least=0
+    )
+    kernel: float = option(
+        0.0, "δ of the similarity exp(−δ ‖h − h_k‖²); 0: one over the median squared distance of those found.", least=0
+    )
+    node_lr: float = option(0.1, "Step size of the gradient steps on kept embeddings and step sizes.", least=0)
+    exact: bool = option(False, "Search exactly instead of approximately.")
+
+
+@dataclass(frozen=True)
 class Transfer(Network):
     """Trained jointly on all rows of all tasks, fine-tuned on a new user's support."""
 

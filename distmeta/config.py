@@ -49,7 +49,9 @@ class DataOptions:
         "Dataset directory or URI, made by `python -m jobs.prepare`. Default: a small synthetic one is made.",
     )
     protocol: str = option(
-        "cmml-user", "How users become tasks: cmml-user, melu, mamo or paml.", ("cmml-user", "melu", "mamo", "paml")
+        "cmml-user",
+        "How users become tasks: cmml-user, melu, mamo, paml or hml.",
+        ("cmml-user", "melu", "mamo", "paml", "hml"),
     )
     split_seed: int = option(0, "Seed of the protocol's split; independent of --seed.", least=0)
     max_ratings: int = option(

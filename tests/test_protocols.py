@@ -24,6 +24,7 @@ from distmeta.storage import Location
 PINNED = {
     "cmml-user": "ed145ad4d57bca5e29ae507e4aa143e63fc5f8e306046989d0677f703ff7cb79",
     "melu": "3c617abd2b8b358989f0505fa7bd688f0e36bfee3c78822be59a9fade9d37f97",
+    "hml": "61d4d526a2987f3b02c8d7dd701b590446c237bbf69c370ff1706215a1087c36",
 }
 PINNED_OPTIONS = {"paml": {"major_over": 1}}
 """Split hashes of the tiny dataset, split seed 0: another value means another split, so a new protocol version."""

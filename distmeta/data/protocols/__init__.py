@@ -10,6 +10,7 @@ from typing import Any
 from distmeta.config import DataOptions
 from distmeta.data.protocols.base import DRAWN, KINDS, QUERY, SCHEMA, SPLITS, SUPPORT, Plan, Protocol, Source, read_text
 from distmeta.data.protocols.cmml import CMML_USER
+from distmeta.data.protocols.hml import HML
 from distmeta.data.protocols.mamo import MAMO
 from distmeta.data.protocols.melu import MELU
 from distmeta.data.protocols.paml import PAML
@@ -32,7 +33,7 @@ __all__ = [
     "read_text",
 ]
 
-PROTOCOLS: dict[str, Protocol] = {p.name: p for p in (CMML_USER, MELU, MAMO, PAML)}
+PROTOCOLS: dict[str, Protocol] = {p.name: p for p in (CMML_USER, MELU, MAMO, PAML, HML)}
 
 
 def protocol(name: str) -> Protocol:

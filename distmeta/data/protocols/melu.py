@@ -1,6 +1,6 @@
 """melu: MeLU's four states, users warm/cold × items warm/cold, of 13 to 100 ratings, as its code makes them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,8 +65,18 @@ def _listed(users: pl.DataFrame, file: Location) -> NDArray[np.bool_]:
     return users["raw_id"].is_in(wanted["raw_id"].implode()).to_numpy()
 
 
-def tasks(interactions: pl.DataFrame, plan: Plan) -> tuple[pl.DataFrame, dict[str, int]]:
-    """Tasks of some users; `protocols.base.Protocol.tasks`."""
+def by_state(
+    interactions: pl.DataFrame, plan: Plan, names: Sequence[str], purpose: str
+) -> tuple[pl.DataFrame, dict[str, int]]:
+    """The rows of each user's two states of 13 to 100 ratings, and how many states are left out, by name.
+
+    Args:
+        names: of the states 0 to 3: new user + 2 · cold item.
+        purpose: what the 10 query rows are drawn for.
+
+    Returns:
+        The interactions sorted by (user, state, time) with the columns group and state, and role: QUERY for the 10.
+    """
     user, item = interactions["user"].to_numpy(), interactions["item"].to_numpy()
     state = (plan.group[user] == NEW) + 2 * plan.cold_items[item].astype(np.int64)
     task = user.astype(np.int64) * KINDS + state
@@ -74,16 +84,21 @@ def tasks(interactions: pl.DataFrame, plan: Plan) -> tuple[pl.DataFrame, dict[st
     rows, task = interactions[order], task[order]
     position, count = runs(task)
     # MeLU shuffles a state's ratings and takes the last 10 as query; the hash is the shuffle.
-    keys = draws.hashed(plan.split_seed, task, position, purpose="melu/query")
+    keys = draws.hashed(plan.split_seed, task, position, purpose=purpose)
     query = rank(task, keys) >= count - QUERY_ROWS
     rows = rows.with_columns(group=plan.group[rows["user"].to_numpy()], state=state[order], role=query.astype(np.int8))
     kept = (count >= RATINGS[0]) & (count <= RATINGS[1])
     left_out = state[order][~kept & (position == 0)]
     dropped = {
         f"{name} states with fewer than {RATINGS[0]} or more than {RATINGS[1]} ratings": int((left_out == s).sum())
-        for s, name in enumerate(STATES)
+        for s, name in enumerate(names)
     }
-    rows = rows.filter(pl.Series(kept))
+    return rows.filter(pl.Series(kept)), dropped
+
+
+def tasks(interactions: pl.DataFrame, plan: Plan) -> tuple[pl.DataFrame, dict[str, int]]:
+    """Tasks of some users; `protocols.base.Protocol.tasks`."""
+    rows, dropped = by_state(interactions, plan, STATES, "melu/query")
     warm, role = pl.col("state") == 0, pl.col("role")
     train = rows.filter(warm & (pl.col("group") == TRAIN))
     names = pl.col("state").replace_strict(dict(enumerate(STATES)), return_dtype=pl.String)

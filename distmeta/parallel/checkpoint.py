@@ -3,6 +3,7 @@
 RUN/checkpoints/step-NNNNNNNNN/
   params-00000.safetensors      the method's state_dict: parameters and persistent buffers, by name
   optimizer-00000.safetensors   AdamW's state, NAME.{step,exp_avg,exp_avg_sq}; not in closed form
+  state-00000.safetensors       what else has a state, NAME.KEY: shared memories; only where there is such a thing
   checkpoint.json               manifest, written last: format version, method, global step, cursor, progress,
                                 settings, split_hash, versions, each file's size and sha256, its own
 
@@ -16,15 +17,18 @@ import json
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import safetensors
+import torch
 from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from distmeta.config import Config, fixed
 from distmeta.errors import UserError
+from distmeta.memory.base import Arrays
 from distmeta.storage import Location
 
 FORMAT = 1
@@ -37,6 +41,18 @@ _FIELDS = {
     "split_hash": str,
     "files": dict,
 }
+
+
+class Stateful(Protocol):
+    """What a checkpoint carries besides parameters and moments: a shared memory, say."""
+
+    def snapshot(self) -> Arrays:
+        """All there is, by keys that are always the same, with always the same types; called on rank 0."""
+        ...
+
+    def restore(self, snapshot: Arrays) -> None:
+        """Become what `snapshot` was taken of; called on all ranks."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +87,7 @@ def versions() -> dict[str, str]:
 
 def save(
     run: Location,
-    parts: Mapping[str, Mapping[str, Tensor]],
+    parts: Mapping[str, Mapping[str, Tensor] | Arrays],
     *,
     method: str,
     step: int,
@@ -83,7 +99,7 @@ def save(
     """Write the checkpoint of `step`; until its manifest is there, older ones stand untouched.
 
     Args:
-        parts: `params`, `optimizer`, … -> tensors by name; one file each.
+        parts: `params`, `optimizer`, `state` -> tensors or arrays by name; one file each.
 
     Raises:
         RunError: the disk is full. UserError: the place cannot be written.
@@ -93,7 +109,7 @@ def save(
     where.make_dir()
     files = {}
     for part, tensors in parts.items():
-        data = to_safetensors({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+        data = to_safetensors({k: _tensor(v) for k, v in tensors.items()})
         name = f"{part}-00000.safetensors"
         (where / name).write_bytes(data)
         files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -109,6 +125,13 @@ def save(
         "files": files,
     }
     (where / "checkpoint.json").write_json({**manifest, "sha256": _digest(manifest)})
+
+
+def _tensor(value: Any) -> Tensor:
+    """A tensor or an array as safetensors wants it; what came from elsewhere may be read-only, and is copied."""
+    if not isinstance(value, Tensor):
+        value = torch.from_numpy(np.require(value, requirements=["C", "W"]))
+    return value.detach().cpu().contiguous()
 
 
 def complete(run: Location) -> list[int]:
@@ -217,6 +240,31 @@ def restore_params(run: Location, checkpoint: Checkpoint, method: nn.Module, nam
     found = load(run, checkpoint, "params")
     check(checkpoint, found, method.state_dict())
     method.load_state_dict(found)
+
+
+def state_of(stateful: Mapping[str, Stateful]) -> Arrays:
+    """The part `state`: NAME.KEY -> array, of every thing that has a state, by name (without a dot)."""
+    return {f"{name}.{key}": value for name, thing in stateful.items() for key, value in thing.snapshot().items()}
+
+
+def restore_state(run: Location, checkpoint: Checkpoint, stateful: Mapping[str, Stateful]) -> None:
+    """Give every thing that has a state the one in the checkpoint, in the order of their names.
+
+    Raises:
+        UserError: the checkpoint's is of other things; a file is damaged.
+    """
+    has = "state-00000.safetensors" in checkpoint.files
+    arrays = {k: v.numpy() for k, v in load(run, checkpoint, "state").items()} if has or stateful else {}
+    wanted = state_of(stateful)
+    for key in sorted(arrays.keys() | wanted.keys()):
+        have, want = arrays.get(key), wanted.get(key)
+        if have is None or want is None or have.dtype != want.dtype or have.ndim != want.ndim:
+            raise UserError(
+                f"{checkpoint.location}: its shared state {key} is not this method's; the dataset or the method's code"
+                " changed since; start a new run"
+            )
+    for name in sorted(stateful):
+        stateful[name].restore({k.partition(".")[2]: v for k, v in arrays.items() if k.partition(".")[0] == name})
 
 
 def check(checkpoint: Checkpoint, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

@@ -9,17 +9,15 @@ for bit.
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from distmeta import config as config_module
 from distmeta.config import Config
 from distmeta.data.loader import Loader, read_items
 from distmeta.data.schema import Dataset, Label
@@ -28,9 +26,12 @@ from distmeta.errors import RunError, UserError
 from distmeta.exchange import Exchange
 from distmeta.methods.base import Method, fit_closed_form
 from distmeta.parallel import checkpoint as checkpoints
-from distmeta.parallel.background import Background
-from distmeta.parallel.progress import Progress, clock, number
-from distmeta.parallel.timing import PHASES, Times, together
+from distmeta.parallel import standing
+from distmeta.parallel.checkpoint import Stateful
+from distmeta.parallel.keeping import Keeper
+from distmeta.parallel.progress import Progress
+from distmeta.parallel.standing import Standing, Words
+from distmeta.parallel.timing import Times, together
 from distmeta.parallel.update import MetaUpdate, NotFinite, build_method, device_of, numerics
 from distmeta.parallel.validation import read_metrics, validate, write_metrics
 from distmeta.storage import Location
@@ -101,23 +102,7 @@ def train(
         try:
             return training.solve() if method.sweeps else training.learn()
         finally:
-            training.writing.wait()
-
-
-@dataclass
-class _Progress:
-    """The scalars of a run that a checkpoint carries besides tensors and position."""
-
-    best: float | None = None
-    best_step: int | None = None
-    stale: int = 0
-    seconds: float = 0.0
-    """Of the epochs before this one."""
-    loss: float = 0.0
-    tasks: float = 0.0
-    """Sums of the epoch under way; so are the next ones."""
-    wait: float = 0.0
-    phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+            training.keeper.writing.wait()
 
 
 class _Training:
@@ -139,18 +124,27 @@ class _Training:
     ) -> None:
         self.config, self.options, self.run = config, config.train, run
         self.method, self.tasks, self.valid, self.label = method, tasks, valid, label
-        self.exchange, self.split_hash, self.device = exchange, split_hash, device
+        self.exchange, self.device = exchange, device
         self.driver, self.fence = exchange.rank == 0, fence or (lambda: None)
         self.screen = Progress(log if self.driver else lambda _: None)
         self.step = self.epoch = self.batch = 0
-        self.writing = Background()
-        self._begin(_Progress())
+        self.keeper = Keeper(config, run, split_hash, exchange, self.fence)
+        self._begin(Standing())
         self.history: list[dict[str, Any]] = []
         self.update = None if method.sweeps else MetaUpdate(method, self.options, exchange, tasks.steps)
+        self.words = Words(self.options.epochs, tasks.steps, self.update is not None)
+        self.stateful: dict[str, Stateful] = dict(method.shared)
+        """What a checkpoint carries besides parameters and moments, by name."""
         self._restore()
 
-    def _begin(self, progress: _Progress) -> None:
+    def _begin(self, progress: Standing) -> None:
         self.progress, self.times = progress, Times(progress.phases)
+
+    def _caught_up(self) -> None:
+        """Have all writes to shared memories applied; all workers come here."""
+        with self.times.phase("exchange"):
+            for shared in self.method.shared.values():
+                shared.flush()
 
     # ---- the loop
 
@@ -218,8 +212,7 @@ class _Training:
                 loss, count = update.apply(batch, self.step)
             except NotFinite as e:
                 raise self._diverged(e) from None
-        self.progress.loss += loss
-        self.progress.tasks += count
+        self.progress.add(loss, count, update.counts)
 
     def _diverged(self, e: NotFinite) -> RunError:
         """The sentence about it, the same on all workers, which are all here."""
@@ -228,7 +221,7 @@ class _Training:
         if tasks:
             more = f" and {len(tasks) - 10} more" if len(tasks) > 10 else ""
             blame = f"of task{'s' * (len(tasks) > 1)} {', '.join(map(str, tasks[:10]))}{more}"
-        self.writing.wait()
+        self.keeper.writing.wait()
         newest = checkpoints.newest(self.run)
         kept = f"the checkpoint of step {newest.step} is kept" if newest else "there is no checkpoint yet"
         place = f"epoch {self.epoch + 1}, step {self.step}"
@@ -237,19 +230,16 @@ class _Training:
     def _end_epoch(self) -> None:
         """Validate, write the epoch's line, tell, checkpoint."""
         state = self.progress
+        self._caught_up()
         with self.times.phase("validation"):
             mae, mse = validate(self.method, self.valid.evaluation(), self.label, self.exchange, self.device)
         if self.valid.n_tasks and not math.isfinite(mae):
             raise RunError(f"epoch {self.epoch + 1}: predictions for the validation tasks are not finite; {_DIVERGED}")
-        if not self.valid.n_tasks:
-            state.best, state.best_step = None, self.step
-        elif state.best is None or mae < state.best:
-            state.best, state.best_step, state.stale = mae, self.step, 0
-        else:
-            state.stale += 1
+        state.judge(mae if self.valid.n_tasks else None, self.step)
         self._write_line(mae, mse)
-        self.screen.line(self._summary())
-        self._begin(_Progress(state.best, state.best_step, state.stale, state.seconds + sum(state.phases.values())))
+        over = self._out_of_patience()
+        self.screen.line(self.words.summary(state, self.history[-1], over, self.times.learning()))
+        self._begin(state.next())
         self.epoch, self.batch = self.epoch + 1, 0
         self._save()
 
@@ -270,61 +260,28 @@ class _Training:
     # ---- what is kept
 
     def _save(self) -> None:
-        """Copy what a checkpoint holds, and have it written while training goes on."""
+        """Have everything that a checkpoint holds kept."""
+        self._caught_up()
         if not self.driver:
             return
         with self.times.phase("checkpoint"):
-            self.fence()
             parts = {"params": self.method.state_dict()}
             if self.update:
                 parts["optimizer"] = self.update.moments()
-            parts = {name: {k: v.detach().clone() for k, v in part.items()} for name, part in parts.items()}
-            progress = {**vars(self.progress), "phases": dict(self.progress.phases)}
             cursor = {"epoch": self.epoch, "batch": self.batch}
-            self.writing.start(functools.partial(self._write, parts, self.step, cursor, progress))
-
-    def _write(
-        self, parts: dict[str, dict[str, Tensor]], step: int, cursor: dict[str, int], progress: dict[str, Any]
-    ) -> None:
-        older = checkpoints.complete(self.run)
-        checkpoints.save(
-            self.run,
-            parts,
-            method=self.config.method,
-            step=step,
-            cursor=cursor,
-            progress=progress,
-            config=config_module.fixed(self.config),
-            split_hash=self.split_hash,
-        )
-        best = progress["best_step"]
-        checkpoints.retain(self.run, {step, *older[-1:], *([] if best is None else [best])})
+            self.keeper.save(parts, self.stateful, self.step, cursor, self.progress)
 
     def _restore(self) -> None:
-        """Take everything up from the newest complete checkpoint, if there is one: rank 0 says which."""
-        newest = checkpoints.complete(self.run)[-1:] if self.driver else []
-        steps = json.loads(self.exchange.gather(json.dumps(newest).encode())[0])
-        if not steps:
+        """Take everything up from the newest complete checkpoint, if there is one."""
+        found = self.keeper.newest()
+        if found is None:
             return
-        found = checkpoints.read(self.run, steps[0])
-        checkpoints.check_origin(self.run, found, self.config, self.split_hash)
         checkpoints.restore_params(self.run, found, self.method, self.config.method)
         if self.update:
-            moments = checkpoints.load(self.run, found, "optimizer")
-            checkpoints.check(found, moments, self.update.moments())
-            self.update.set_moments(moments)
-        odd = sorted(
-            ({"epoch", "batch"} - found.cursor.keys())
-            | (found.progress.keys() - vars(_Progress()).keys())
-            | (found.progress.get("phases", self.progress.phases).keys() ^ set(PHASES))
-        )
-        if odd:
-            raise UserError(
-                f"{found.location}: its cursor or progress is of another distmeta ({odd[0]}); go on with the one that"
-                " wrote it, or start a new run"
-            )
+            self.keeper.restore_moments(found, self.update)
+        self._begin(standing.of_checkpoint(found))
+        checkpoints.restore_state(self.run, found, self.stateful)
         self.step, self.epoch, self.batch = found.step, found.cursor["epoch"], found.cursor["batch"]
-        self._begin(_Progress(**found.progress))
         self.history = read_metrics(self.run)[: self.epoch]
         self.screen.line(f"going on from step {self.step} (epoch {self.epoch + 1}, batch {self.batch})")
 
@@ -349,48 +306,17 @@ class _Training:
             "wait_s": state.wait,
             **{f"{k}_s": v for k, v in state.phases.items()},
             **workers,
+            **self._more(),
         }
         self.history.append(line)
         if self.driver:
             self.fence()
             write_metrics(self.run, self.history)
 
-    # ---- what is shown
+    def _more(self) -> dict[str, Any]:
+        """What the line says of groups and shared memories, where the method has them."""
+        groups = {"groups": self.progress.groups} if self.method.groups > 1 else {}
+        return {**groups, **({name: s.report() for name, s in self.method.shared.items()} if self.driver else {})}
 
     def _within(self) -> str:
-        state, o = self.progress, self.options
-        return (
-            f"epoch {self.epoch + 1}/{o.epochs}  {self.batch:,}/{self.tasks.steps:,} updates"
-            f"  train {number(state.loss / max(state.tasks, 1))}  {self._speed()}  ETA {clock(self._eta())}"
-        )
-
-    def _summary(self) -> str:
-        """The line of an epoch that ended (its metrics are the last of the history)."""
-        row, state = self.history[-1], self.progress
-        parts = ["solved" if self.update is None else f"epoch {self.epoch + 1}/{self.options.epochs}"]
-        if row["train_loss"] is not None:
-            parts.append(f"train {number(row['train_loss'])}")
-        if row["valid_mae"] is not None:
-            best = f" (best {number(state.best or 0.0)} at {self._best_epoch()})" if self.update else ""
-            parts.append(f"valid mae {number(row['valid_mae'])}{best}")
-        parts.append(self._speed())
-        if self.update and not self._out_of_patience():
-            parts.append(f"ETA {clock(self._eta())}")
-        return "  ".join(parts)
-
-    def _best_epoch(self) -> int:
-        return (self.progress.best_step or 0) // max(self.tasks.steps, 1)
-
-    def _speed(self) -> str:
-        """`5,120 tasks/s  input 1.2 %`: the share of the time that training waited for its tasks."""
-        state = self.progress
-        learning = max(self.times.learning(), 1e-9)
-        waiting = f"  input {100 * state.wait / learning:.1f} %" if self.update else ""
-        return f"{state.tasks / learning:,.0f} tasks/s{waiting}"
-
-    def _eta(self) -> float:
-        """Seconds until --epochs are done at the mean speed so far."""
-        state = self.progress
-        done = self.epoch + self.batch / max(self.tasks.steps, 1)
-        spent = state.seconds + sum(state.phases.values())
-        return spent / done * (self.options.epochs - done) if done else 0.0
+        return self.words.within(self.progress, self.epoch, self.batch, self.times.learning())

@@ -1,0 +1,106 @@
+"""How far a run is: the scalars that a checkpoint carries besides tensors and position, and the words for them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from distmeta.errors import UserError
+from distmeta.parallel.checkpoint import Checkpoint
+from distmeta.parallel.progress import clock, number
+from distmeta.parallel.timing import PHASES
+
+
+@dataclass
+class Standing:
+    """What training has come to."""
+
+    best: float | None = None
+    best_step: int | None = None
+    stale: int = 0
+    seconds: float = 0.0
+    """Of the epochs before this one."""
+    loss: float = 0.0
+    tasks: float = 0.0
+    """Sums of the epoch under way; so are the next ones."""
+    wait: float = 0.0
+    phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    groups: list[int] = field(default_factory=list)
+    """Tasks of each group."""
+
+    def add(self, loss: float, tasks: float, groups: list[int]) -> None:
+        """Count a meta-update on."""
+        self.loss += loss
+        self.tasks += tasks
+        self.groups = [a + b for a, b in zip(self.groups or [0] * len(groups), groups, strict=True)]
+
+    def judge(self, mae: float | None, step: int) -> None:
+        """An epoch ended at `step` with this validation error; none: there is nothing to validate with."""
+        if mae is None:
+            self.best, self.best_step = None, step
+        elif self.best is None or mae < self.best:
+            self.best, self.best_step, self.stale = mae, step, 0
+        else:
+            self.stale += 1
+
+    def next(self) -> "Standing":
+        """Where the next epoch begins."""
+        return Standing(self.best, self.best_step, self.stale, self.seconds + sum(self.phases.values()))
+
+
+def of_checkpoint(found: Checkpoint) -> Standing:
+    """The standing that a checkpoint carries; UserError where that, or its cursor, is not what this distmeta writes."""
+    odd = sorted(
+        ({"epoch", "batch"} - found.cursor.keys())
+        | (found.progress.keys() - vars(Standing()).keys())
+        | (found.progress.get("phases", Standing().phases).keys() ^ set(PHASES))
+    )
+    if odd:
+        raise UserError(
+            f"{found.location}: its cursor or progress is of another distmeta ({odd[0]}); go on with the one that"
+            " wrote it, or start a new run"
+        )
+    return Standing(**found.progress)
+
+
+@dataclass(frozen=True)
+class Words:
+    """What the screen says of a run of `epochs` epochs of `steps` updates, learned by gradient or solved."""
+
+    epochs: int
+    steps: int
+    learned: bool
+
+    def within(self, at: Standing, epoch: int, batch: int, learning: float) -> str:
+        """How far an epoch is; `learning`: its seconds so far but for validation."""
+        return (
+            f"epoch {epoch + 1}/{self.epochs}  {batch:,}/{self.steps:,} updates"
+            f"  train {number(at.loss / max(at.tasks, 1))}  {self._speed(at, learning)}"
+            f"  ETA {clock(self._eta(at, epoch, batch))}"
+        )
+
+    def summary(self, at: Standing, row: Mapping[str, Any], over: bool, learning: float) -> str:
+        """The line of an epoch that ended; `row`: its metrics, `over`: it was the last one."""
+        epoch = row["epoch"]
+        parts = [f"epoch {epoch}/{self.epochs}" if self.learned else "solved"]
+        if row["train_loss"] is not None:
+            parts.append(f"train {number(row['train_loss'])}")
+        if row["valid_mae"] is not None:
+            at_epoch = (at.best_step or 0) // max(self.steps, 1)
+            best = f" (best {number(at.best or 0.0)} at {at_epoch})" if self.learned else ""
+            parts.append(f"valid mae {number(row['valid_mae'])}{best}")
+        parts.append(self._speed(at, learning))
+        if self.learned and not over:
+            parts.append(f"ETA {clock(self._eta(at, epoch, 0))}")
+        return "  ".join(parts)
+
+    def _speed(self, at: Standing, learning: float) -> str:
+        """`5,120 tasks/s  input 1.2 %`: the share of the time that training waited for its tasks."""
+        learning = max(learning, 1e-9)
+        waiting = f"  input {100 * at.wait / learning:.1f} %" if self.learned else ""
+        return f"{at.tasks / learning:,.0f} tasks/s{waiting}"
+
+    def _eta(self, at: Standing, epoch: int, batch: int) -> float:
+        """Seconds until --epochs are done at the mean speed so far."""
+        done = epoch + batch / max(self.steps, 1)
+        spent = at.seconds + sum(at.phases.values())
+        return spent / done * (self.epochs - done) if done else 0.0

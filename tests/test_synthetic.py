@@ -7,7 +7,8 @@ import polars as pl
 import pytest
 
 from distmeta.data.schema import Dataset
-from distmeta.data.sources.synthetic import HIGH, LOW, generate, oracle_error
+from distmeta.data.sources.oracle import HIGH, LOW, oracle_error
+from distmeta.data.sources.synthetic import generate
 from distmeta.errors import UserError
 from distmeta.storage import Location
 

@@ -155,37 +155,24 @@ def _table(argv: Sequence[str]) -> int:
 
 
 def _synthetic(argv: Sequence[str]) -> int:
+    from distmeta.data.sources.synthetic import Recipe, generate
+
     parser = _parser(
         "synthetic",
         "Make a world of clusters: ratings 1 to 5 (continuous) from user and item factors that fields tell\n"
         "in part, plus noise. dataset.json says under extra.bayes what error an oracle has. The same seed\n"
-        "makes the same data.",
-        "example: python -m jobs.prepare synthetic --users 2000 --items 500 --seed 1 --out data/made",
+        "makes the same data. With --preference-clusters or --minor the users have one of a few tastes; which\n"
+        "one is in the fields planted_cluster and planted_group, which methods do not read.",
+        "examples:\n"
+        "  python -m jobs.prepare synthetic --users 2000 --items 500 --seed 1 --out data/made\n"
+        "  python -m jobs.prepare synthetic --users 1500 --preference-clusters 3 --out data/tastes\n"
+        "  python -m jobs.prepare synthetic --users 1500 --minor 0.2 --clicks --out data/few",
     )
     _add_out(parser)
-    for flag, kind, default, text in (
-        ("--users", int, 600, "number of users"),
-        ("--items", int, 300, "number of items"),
-        ("--seed", int, 0, "what every draw comes from"),
-        ("--noise", float, 0.4, "standard deviation of the noise, in stars"),
-        ("--clusters", int, 4, "groups of users, and of items"),
-        ("--factors", int, 4, "length of the factors"),
-    ):
-        parser.add_argument(flag, type=kind, default=default, metavar=kind.__name__.upper(), help=f"{text} [{default}]")
-    parser.add_argument(
-        "--per-user", type=int, nargs=2, default=(20, 60), metavar=("LOW", "HIGH"),
-        help="fewest and most ratings of a user [20 60]",
-    )  # fmt: skip
-    args = parser.parse(argv)
-    from distmeta.data.sources.synthetic import generate
-
-    def make(out: Location) -> Dataset:
-        return generate(
-            out, users=args.users, items=args.items, per_user=tuple(args.per_user), seed=args.seed,
-            noise=args.noise, clusters=args.clusters, factors=args.factors,
-        )  # fmt: skip
-
-    return _make(args.out, make)
+    add_flags(parser, Recipe, "the world")
+    flags = vars(parser.parse(argv))
+    out = flags.pop("out")
+    return _make(out, lambda where: generate(where, **flags))
 
 
 def _tasks(argv: Sequence[str]) -> int:

@@ -1,216 +1,211 @@
-"""A small planted world: users and items of a few clusters, ratings whose best possible error is known.
+"""A made world whose best possible error is known: ratings or clicks from factors of users and items.
 
 s_ui = μ + b_u + b_i + ⟨p_u, q_i⟩ is a user's noise-free score; the rating is clip(s_ui + σ ε, 1, 5) with ε
-standard normal. The factors p, q are partly the cluster's and the fields', so that features tell about an
-unseen user, and partly personal, so that only ratings do. Every draw is a counter hash (draws.py): the same
-seed gives the same dataset.
+standard normal, a click is s_ui + σ ε above a threshold (oracle.py). In an open world features tell a part of the
+factors, so that they say something about an unseen user; in a planted one users have one of a few tastes
+(planted.py). Every draw is a counter hash (draws.py): the same seed gives the same dataset.
 """
 
-import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
-from distmeta.data.schema import Dataset, FieldType, Label
+from distmeta.data.schema import Dataset, Label
+from distmeta.data.sources import oracle
+from distmeta.data.sources.oracle import HIGH, LOW
+from distmeta.data.sources.planted import (
+    ITEM_FIELDS,
+    Floats,
+    Ints,
+    Users,
+    choice,
+    item_side,
+    n_tastes,
+    open_users,
+    planted_users,
+)
 from distmeta.data.write import clear_place, write_dataset
 from distmeta.draws import normal, uniform
 from distmeta.errors import UserError
+from distmeta.fields import build, option
 from distmeta.storage import Location
 
-LOW, HIGH = 1.0, 5.0
 _MEAN = 3.2
-_USER_BIAS, _ITEM_BIAS, _AFFINITY = 0.35, 0.45, 0.65
-"""Standard deviations of b_u, b_i and ⟨p_u, q_i⟩."""
-_OPEN = 0.7
-"""Share of the factors' variance that cluster and fields explain."""
-_HONEST = 0.85
-"""How often a user's segment and an item's category tell the true cluster."""
-_REGIONS, _TAGS = 8, 12
 _EPOCH = 1_600_000_000
-_USER_FIELDS: dict[str, FieldType] = {"segment": "categorical", "region": "categorical"}
-_ITEM_FIELDS: dict[str, FieldType] = {
-    "category": "categorical",
-    "tags": "multi_categorical",
-    "quality": "numeric",
-}
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+_ALWAYS = ("users", "items", "per_user", "seed", "noise", "clusters", "factors")
+"""Arguments that a manifest lists even where they are the defaults; the others came later."""
 
 
-def generate(
-    where: Location,
-    *,
-    users: int = 600,
-    items: int = 300,
-    per_user: tuple[int, int] = (20, 60),
-    seed: int = 0,
-    noise: float = 0.4,
-    clusters: int = 4,
-    factors: int = 4,
-) -> Dataset:
-    """Write a planted dataset at `where`; `extra["bayes"]` of its manifest is the oracle's mae, mse, rmse.
+@dataclass(frozen=True)
+class Recipe:
+    """What a world is made from."""
+
+    users: int = option(600, "Number of users.", least=1)
+    items: int = option(300, "Number of items.", least=1)
+    per_user: tuple[int, ...] = option((20, 60), "Fewest and most ratings of a user, both included.", least=1)
+    seed: int = option(0, "What every draw comes from.")
+    noise: float = option(0.4, "Standard deviation of the noise, in stars.", above=0)
+    clusters: int = option(4, "Groups of items and, without planted tastes, of users, that share factors.", least=1)
+    factors: int = option(4, "Length of the factors.", least=1)
+    preference_clusters: int = option(
+        0, "Plant N clusters of users by taste, to be known from ratings only; 0: open users.", least=0
+    )
+    told: float = option(0.0, "How often the field segment tells the preference cluster.", least=0, most=1)
+    personal: float = option(0.2, "Share of a planted taste's variance that is the user's own.", least=0, most=1)
+    minor: float = option(0.0, "Share of minor users, with rare field values and tastes of their own.", least=0)
+    clicks: bool = option(False, "Labels are clicks, 0 or 1, and not ratings.")
+
+    @property
+    def planted(self) -> bool:
+        return self.preference_clusters > 0 or self.minor > 0
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> "Recipe":
+        """From some of its fields; UserError for one that makes no world, or would change nothing."""
+        made = build(cls, arguments, "synthetic", flags=True)
+        default, pair = cls(), len(made.per_user) == 2
+        tastes = n_tastes(made.preference_clusters, made.minor)
+        for flag, bad, need in (
+            ("--per-user", not pair or not made.per_user[0] <= made.per_user[-1] <= made.items,
+             f"LOW HIGH, 1 <= LOW <= HIGH <= {made.items} items"),
+            ("--minor", not made.minor < 0.5, "below 0.5: minor users are the fewer"),
+            ("--factors", made.planted and made.factors < tastes, f"at least {tastes}, the number of tastes"),
+            ("--items", made.planted and made.items <= 2 * made.factors, "more than twice --factors"),
+            ("--told", made.told != default.told and not made.preference_clusters,
+             "left out without --preference-clusters, which it is about"),
+            ("--personal", made.personal != default.personal and not made.planted,
+             "left out without --preference-clusters or --minor, which it is about"),
+        ):  # fmt: skip
+            if bad:
+                raise UserError(f"synthetic: {flag} must be {need}")
+        return made
+
+    def stated(self) -> dict[str, Any]:
+        """The arguments as the manifest has them: `of` makes the same recipe of them."""
+        values = asdict(self) | {"per_user": list(self.per_user)}
+        return {f.name: values[f.name] for f in fields(self) if f.name in _ALWAYS or values[f.name] != f.default}
+
+
+@dataclass(frozen=True)
+class World:
+    """Everybody and every pair, before there is any noise."""
+
+    recipe: Recipe
+    users: Users
+    items: pl.DataFrame
+    factors: Floats
+    """[items, factors]: q_i."""
+    user: Ints
+    item: Ints
+    order: Ints
+    score: Floats
+    """[n] each: who rated what, its place in the user's time order, and s_ui."""
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "World":
+        r, tastes = recipe, (recipe.preference_clusters, recipe.told, recipe.personal, recipe.minor)
+        if r.planted:
+            users = planted_users(r.seed, r.users, r.factors, *tastes)
+        else:
+            users = open_users(r.seed, r.users, r.clusters, r.factors)
+        items, bias, q = item_side(r.seed, r.items, r.clusters, r.factors, r.planted)
+        user, item, order = _pairs(r.seed, r.users, r.items, r.per_user)
+        score = _MEAN + users.bias[user] + bias[item] + np.einsum("nf,nf->n", users.factors[user], q[item])
+        return cls(r, users, items, q, user, item, order, score)
+
+    def labels(self) -> Floats:
+        """[n]: what was observed."""
+        r, pair = self.recipe, (self.recipe.seed, self.user, self.item)
+        if r.clicks:
+            p = oracle.probability(oracle.click_logit(self.score, r.noise))
+            return (uniform(*pair, purpose="synthetic click") < p).astype(np.float64)
+        return np.clip(self.score + r.noise * normal(*pair, purpose="synthetic noise"), LOW, HIGH)
+
+    def bayes(self) -> tuple[dict[str, float], dict[str, dict[str, dict[str, float]]]]:
+        """Least possible errors over all rows; and by hidden column and its value, with the number of rows."""
+        error = oracle.click_bayes if self.recipe.clicks else oracle.rating_bayes
+        groups: dict[str, dict[str, dict[str, float]]] = {}
+        for name in self.users.hidden:
+            of_row = self.users.table[name].to_numpy()[self.user]
+            rows = {str(value): of_row == value for value in np.unique(of_row)}
+            groups[name] = {
+                v: {**error(self.score[mine], self.recipe.noise), "rows": int(mine.sum())} for v, mine in rows.items()
+            }
+        return error(self.score, self.recipe.noise), groups
+
+
+def generate(where: Location, **arguments: Any) -> Dataset:
+    """Write a made dataset at `where`; `extra["bayes"]` of its manifest is the oracle's errors (oracle.py).
 
     Args:
-        per_user: fewest and most ratings of a user, both included.
-        noise: σ, the standard deviation of the noise before clipping, in stars.
-        clusters: groups of users, and of items, that share a part of their factors.
-        factors: length of p_u and q_i.
+        arguments: fields of `Recipe`; those left out have its defaults.
 
     Raises:
         UserError: an argument that makes no world, or `where` is taken.
     """
-    low, high = per_user
-    for flag, bad, need in (
-        ("--users", users < 1, "at least 1"),
-        ("--per-user", not 1 <= low <= high <= items, f"LOW HIGH, 1 <= LOW <= HIGH <= {items} items"),
-        ("--noise", not (noise > 0 and math.isfinite(noise)), "a finite number above 0"),
-        ("--clusters", clusters < 1, "at least 1"),
-        ("--factors", factors < 1, "at least 1"),
-    ):  # fmt: skip
-        if bad:
-            raise UserError(f"synthetic: {flag} must be {need}")
+    recipe = Recipe.of(arguments)
     clear_place(where)
-
-    user_table, user_bias, p = _user_side(seed, users, clusters, factors)
-    item_table, item_bias, q = _item_side(seed, items, clusters, factors)
-    user, item, order = _pairs(seed, users, items, per_user)
-    score = _MEAN + user_bias[user] + item_bias[item] + np.einsum("nf,nf->n", p[user], q[item])
-    label = np.clip(score + noise * normal(seed, user, item, purpose="synthetic noise"), LOW, HIGH)
-    start = (uniform(seed, np.arange(users), purpose="synthetic start") * 1e8).astype(np.int64)
+    world = World.of(recipe)
+    start = (uniform(recipe.seed, np.arange(recipe.users), purpose="synthetic start") * 1e8).astype(np.int64)
     interactions = pl.DataFrame(
         {
-            "user": user,
-            "item": item,
-            "label": label.astype(np.float32),
-            "time": _EPOCH + start[user] + 60 * order,
+            "user": world.user,
+            "item": world.item,
+            "label": world.labels().astype(np.float32),
+            "time": _EPOCH + start[world.user] + 60 * world.order,
         }
     )
-    mae, mse = oracle_error(score, noise)
+    bayes, groups = world.bayes()
+    people = world.users
     extra: dict[str, Any] = {
         "source": "synthetic",
-        "arguments": {"users": users, "items": items, "per_user": list(per_user), "seed": seed,
-                      "noise": noise, "clusters": clusters, "factors": factors},
-        "content_fields": {"user": list(_USER_FIELDS), "item": list(_ITEM_FIELDS)},
-        "bayes": {"mae": float(mae.mean()), "mse": float(mse.mean()), "rmse": float(np.sqrt(mse.mean()))},
+        "arguments": recipe.stated(),
+        "content_fields": {"user": list(people.fields), "item": list(ITEM_FIELDS)},
+        "bayes": bayes,
+        **({"bayes_groups": groups} if groups else {}),
         "read": {},
         "notes": ["bayes is the error, averaged over all ratings, of one who knows every noise-free score"],
-    }  # fmt: skip
+    }
     return write_dataset(
-        where, name="synthetic", label=Label("rating", LOW, HIGH),
-        user_fields=_USER_FIELDS, item_fields=_ITEM_FIELDS, users=user_table,
-        items=item_table, interactions=interactions, extra=extra,
+        where, name="synthetic", label=Label("click", 0.0, 1.0) if recipe.clicks else Label("rating", LOW, HIGH),
+        user_fields=people.fields | people.hidden, item_fields=ITEM_FIELDS, users=people.table,
+        items=world.items, interactions=interactions, extra=extra,
     )  # fmt: skip
 
 
-def oracle_error(score: Floats, noise: float) -> tuple[Floats, Floats]:
-    """Least expected absolute and squared error of a constant for Y = clip(score + noise·ε, LOW, HIGH).
+def optimal(dataset: Dataset) -> pl.DataFrame:
+    """The best predictions for a made dataset, from the arguments in its manifest; rows as in interactions/.
 
-    The best constant is Y's median, clip(score), for the first and its mean for the second.
-    E|Y − c| = ∫_LOW^c P(Y ≤ t) dt + ∫_c^HIGH P(Y > t) dt, and xΦ(x) + φ(x) is an antiderivative of Φ.
-    The second is Var Y by the moments of a doubly censored normal (Greene, Econometric Analysis, ch. 19).
+    Returns:
+        user, item; score: s_ui; mean: the expected label, best by squared error (of a click: its probability, best
+        by log loss too); median: best by absolute error.
+
+    Raises:
+        UserError: the dataset was not made here.
     """
-    a, b = (LOW - score) / noise, (HIGH - score) / noise
-    c = (np.clip(score, LOW, HIGH) - score) / noise
-    mae = noise * (_antiderivative(c) - _antiderivative(a) + _antiderivative(-c) - _antiderivative(-b))
-    # Moments of Z = clip(ε, a, b); Y = score + noise·Z.
-    inside = _cdf(b) - _cdf(a)
-    first = a * _cdf(a) + b * _cdf(-b) + _pdf(a) - _pdf(b)
-    second = a**2 * _cdf(a) + b**2 * _cdf(-b) + inside + a * _pdf(a) - b * _pdf(b)
-    return mae, noise**2 * np.maximum(second - first**2, 0.0)
+    if dataset.extra.get("source") != "synthetic":
+        raise UserError(f"{dataset.name}: not made by `prepare synthetic`, so nobody knows its best predictions")
+    world = World.of(Recipe.of(dataset.extra["arguments"]))
+    score, noise = world.score, world.recipe.noise
+    if world.recipe.clicks:
+        mean = oracle.probability(oracle.click_logit(score, noise))
+        median = (mean > 0.5).astype(np.float64)
+    else:
+        mean, median = oracle.rating_mean(score, noise), np.clip(score, LOW, HIGH)
+    return pl.DataFrame({"user": world.user, "item": world.item, "score": score, "mean": mean, "median": median})
 
 
-_erf = np.vectorize(math.erf, otypes=[np.float64])
-
-
-def _pdf(x: Floats) -> Floats:
-    return np.exp(-0.5 * x**2) / math.sqrt(2.0 * math.pi)
-
-
-def _cdf(x: Floats) -> Floats:
-    return 0.5 * (1.0 + _erf(x / math.sqrt(2.0)))
-
-
-def _antiderivative(x: Floats) -> Floats:
-    return x * _cdf(x) + _pdf(x)
-
-
-def _choice(n: int, *counters: Any, purpose: str) -> Ints:
-    return (uniform(*counters, purpose=purpose) * n).astype(np.int64)
-
-
-def _factors(seed: int, rows: Ints, factors: int, purpose: str) -> Floats:
-    return normal(seed, rows[:, None], np.arange(factors)[None, :], purpose=f"synthetic {purpose} factors")
-
-
-def _blend(factors: int, *shared: Floats, personal: Floats) -> Floats:
-    """Factors [n, factors]: the shared parts explain _OPEN of the variance; ⟨p, q⟩ has sd _AFFINITY."""
-    known = sum(shared) / math.sqrt(len(shared))
-    scale = math.sqrt(_AFFINITY) / factors**0.25
-    return scale * (math.sqrt(_OPEN) * known + math.sqrt(1 - _OPEN) * personal)
-
-
-def _told(seed: int, cluster: Ints, clusters: int, purpose: str) -> Ints:
-    """The cluster as a field tells it: right with probability _HONEST, else any."""
-    rows = np.arange(len(cluster))
-    honest = uniform(seed, rows, purpose=f"synthetic {purpose} honest") < _HONEST
-    return np.where(honest, cluster, _choice(clusters, seed, rows, purpose=f"synthetic {purpose} told"))
-
-
-def _user_side(seed: int, n: int, clusters: int, factors: int) -> tuple[pl.DataFrame, Floats, Floats]:
-    """The users' table, b_u [n] and p_u [n, factors]."""
-    rows = np.arange(n)
-    cluster = _choice(clusters, seed, rows, purpose="synthetic user cluster")
-    region = _choice(_REGIONS, seed, rows, purpose="synthetic region")
-    p = _blend(
-        factors,
-        _factors(seed, cluster, factors, "user cluster"),
-        _factors(seed, region, factors, "region"),
-        personal=_factors(seed, rows, factors, "user"),
-    )
-    table = pl.DataFrame({"user": rows, "segment": _told(seed, cluster, clusters, "segment"), "region": region})
-    return table, _USER_BIAS * normal(seed, rows, purpose="synthetic user bias"), p
-
-
-def _item_side(seed: int, n: int, clusters: int, factors: int) -> tuple[pl.DataFrame, Floats, Floats]:
-    """The items' table, b_i [n] and q_i [n, factors]; a tenth of the qualities is missing."""
-    rows = np.arange(n)
-    cluster = _choice(clusters, seed, rows, purpose="synthetic item cluster")
-    draws = uniform(seed, rows[:, None], np.arange(_TAGS)[None, :], purpose="synthetic tags")
-    tags = np.argsort(draws, axis=1)[:, :3]
-    counts = 1 + _choice(3, seed, rows, purpose="synthetic number of tags")
-    chosen = np.arange(3)[None, :] < counts[:, None]
-    of_tags = _factors(seed, np.arange(_TAGS), factors, "tag")[tags] * chosen[..., None]
-    q = _blend(
-        factors,
-        _factors(seed, cluster, factors, "item cluster"),
-        of_tags.sum(1) / np.sqrt(counts)[:, None],
-        personal=_factors(seed, rows, factors, "item"),
-    )
-    bias = normal(seed, rows, purpose="synthetic item bias")
-    quality = 10 + 2 * (0.8 * bias + 0.6 * normal(seed, rows, purpose="synthetic quality"))
-    missing = uniform(seed, rows, purpose="synthetic quality missing") < 0.1
-    listed = pl.DataFrame({"item": np.repeat(rows, counts), "tags": tags[chosen]})
-    table = pl.DataFrame(
-        {
-            "item": rows,
-            "category": _told(seed, cluster, clusters, "category"),
-            "quality": np.where(missing, np.nan, quality),
-        }
-    ).join(listed.group_by("item", maintain_order=True).agg("tags"), on="item", how="left", maintain_order="left")
-    return table, _ITEM_BIAS * bias, q
-
-
-def _pairs(seed: int, users: int, items: int, per_user: tuple[int, int]) -> tuple[Ints, Ints, Ints]:
+def _pairs(seed: int, users: int, items: int, per_user: tuple[int, ...]) -> tuple[Ints, Ints, Ints]:
     """Who rated what: user, item and the rating's place in the user's time order, each [n].
 
     A user's items are drawn without replacement, popular ones more often (the exponential race of
     Efraimidis & Spirakis, 2006); a block of users at a time bounds the memory.
     """
     rate = np.exp(0.7 * normal(seed, np.arange(items), purpose="synthetic popularity"))
-    counts = per_user[0] + _choice(per_user[1] - per_user[0] + 1, seed, np.arange(users), purpose="synthetic ratings")
+    counts = per_user[0] + choice(per_user[1] - per_user[0] + 1, seed, np.arange(users), purpose="synthetic ratings")
     block = max(1, (1 << 22) // items)
     chosen = []
     for start in range(0, users, block):

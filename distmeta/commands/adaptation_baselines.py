@@ -22,6 +22,8 @@ Inputs = list[tuple[Tensor, Tensor | None]]
 Side = tuple[Inputs, Tensor]
 """Inputs and labels [..., R] of support or query rows."""
 Gradient = Callable[[Callable[..., Tensor], list[Tensor], Side], Sequence[Tensor]]
+Rates = Sequence[Tensor | float]
+"""Step size of each fast parameter: a number, or one for each element."""
 
 
 def mlp(weights: Sequence[Tensor], x: Tensor) -> Tensor:
@@ -44,7 +46,7 @@ def embed(tables: Sequence[Tensor], inputs: Inputs) -> Tensor:
 
 
 def task_loss(
-    gradient: Gradient, fixed: list[Tensor], fast: list[Tensor], tables: int, steps: int, lr: float, s: Side, q: Side
+    gradient: Gradient, fixed: list[Tensor], fast: list[Tensor], tables: int, steps: int, lr: Rates, s: Side, q: Side
 ) -> Tensor:
     """Query loss of one task after `steps` exact inner steps on all of `fast`.
 
@@ -57,7 +59,7 @@ def task_loss(
         return (mlp(p[tables:], embed(fixed + p[:tables], inputs)) - label).square().mean()
 
     for _ in range(steps):
-        fast = [p - lr * g for p, g in zip(fast, gradient(loss, fast, s), strict=True)]
+        fast = [p - a * g for p, a, g in zip(fast, lr, gradient(loss, fast, s), strict=True)]
     return loss(fast, *q)
 
 
@@ -75,13 +77,19 @@ def one(side: Side, task: int) -> Side:
 
 
 def loop(
-    fixed: list[Tensor], fast: list[Tensor], tables: int, steps: int, lr: float, support: Side, query: Side
+    fixed: list[Tensor],
+    fast: list[Tensor],
+    tables: int,
+    steps: int,
+    lr: Rates,
+    support: Side,
+    query: Side,
+    leaves: list[Tensor],
 ) -> list[Tensor]:
-    """Meta-gradient by `fixed` and `fast` of the summed query losses, one task at a time.
+    """Meta-gradient by `leaves` of the summed query losses, one task at a time.
 
     The graph of each task is freed before the next one's is built: keeping all of them is slower.
     """
-    leaves = fixed + fast
     total = [torch.zeros_like(p) for p in leaves]
     for b in range(len(support[1])):
         loss = task_loss(by_autograd, fixed, fast, tables, steps, lr, one(support, b), one(query, b))
@@ -95,7 +103,7 @@ def vmapped(
     fast: list[Tensor],
     tables: int,
     steps: int,
-    lr: float,
+    lr: Rates,
     support: Side,
     query: Side,
     leaves: list[Tensor],

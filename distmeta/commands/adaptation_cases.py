@@ -21,6 +21,7 @@ from distmeta.methods import options
 from distmeta.methods.gradient import GradientMethod
 from distmeta.methods.melu import MeLU
 from distmeta.methods.metacs import MetaCS
+from distmeta.methods.metasgd import MetaSGD
 from distmeta.networks import Decision
 from distmeta.tasks import Bag, Rows, TaskBatch, TaskBlock
 
@@ -62,9 +63,10 @@ def plain(b: int, s: int, q: int, d: int, h: int, steps: int, double: bool = Fal
 
     inputs: list[baselines.Side] = [([(x, None)], y) for x, y in sides]
     variants: dict[str, Variant] = {name: partial(engine, form) for name, form in FORMS.items()}
+    lr = [LR] * len(leaves)
     return variants | {
-        "vmap": lambda: baselines.vmapped([], leaves, 0, steps, LR, inputs[0], inputs[1], leaves),
-        "loop": lambda: baselines.loop([], leaves, 0, steps, LR, inputs[0], inputs[1]),
+        "vmap": lambda: baselines.vmapped([], leaves, 0, steps, lr, inputs[0], inputs[1], leaves),
+        "loop": lambda: baselines.loop([], leaves, 0, steps, lr, inputs[0], inputs[1], leaves),
     }
 
 
@@ -83,23 +85,26 @@ class Whole:
 
 
 def whole(model: str, tasks: int, steps: int, double: bool = False) -> Whole:
-    """Tasks from ids: 8 fields × 32 → 64 → 64 → 1, 'whole' (MeLU) or 'embeddings' (adapted as well: MetaCS)."""
+    """Tasks from ids: 8 fields × 32 → 64 → 64 → 1, 'whole' (MeLU), 'embeddings' (adapted as well: MetaCS) or
+    'parameters' (MeLU with a step for each of them: Meta-SGD)."""
     torch.manual_seed(0)
     dtype = torch.float64 if double else torch.float32
     dataset = Dataset("benchmark", Label("rating", 1, 5), USER_FIELDS, ITEM_FIELDS, tasks, ITEMS, 0)
     items, batch = _bags(ITEM_FIELDS, ITEMS, dtype), _batch(tasks, dtype)
-    cls, option = {"whole": (MeLU, options.MeLU()), "embeddings": (MetaCS, options.MetaCS())}[model]
-    option = replace(option, steps=steps, local_lr=LR, learn_rates=False)
-    methods = {}
-    for name, form in FORMS.items():
+    cls, option = {
+        "whole": (MeLU, options.MeLU(learn_rates=False)),
+        "embeddings": (MetaCS, options.MetaCS(learn_rates=False)),
+        "parameters": (MetaSGD, options.MetaSGD()),
+    }[model]
+    option, methods = replace(option, steps=steps, local_lr=LR), {}
+    for name, form in ({"auto": "auto"} if model == "parameters" else FORMS).items():  # has one form
         torch.manual_seed(1)
         methods[name] = cls(replace(option, form=form), dataset, items).to(dtype)
 
     def engine(method: GradientMethod) -> Sequence[Tensor]:
         return torch.autograd.grad(method.loss(batch).sum(), _leaves(method))
 
-    lr = float(methods["auto"].log_rate[0].exp())  # not LR to the last digit
-    plain = _Baselines(_leaves(methods["auto"]), batch, items, steps, lr, adapted=model == "embeddings")
+    plain = _Baselines(methods["auto"], batch, items, adapted=model == "embeddings")
     variants: dict[str, Variant] = {name: lambda m=m: engine(m) for name, m in methods.items()}
     return Whole(variants | plain.variants(), plain.first)
 
@@ -111,12 +116,12 @@ def _leaves(method: GradientMethod) -> list[Tensor]:
 class _Baselines:
     """The same tasks for adaptation_baselines, whose inputs are bags of every row."""
 
-    def __init__(
-        self, leaves: list[Tensor], batch: TaskBatch, items: dict[str, Bag], steps: int, lr: float, adapted: bool
-    ) -> None:
-        self.lr = lr
+    def __init__(self, method: GradientMethod, batch: TaskBatch, items: dict[str, Bag], adapted: bool) -> None:
+        self.leaves, self.adapted, self.steps = _leaves(method), adapted, method.options.steps
         fields = len(USER_FIELDS) + len(ITEM_FIELDS)
-        self.tables, self.weights, self.steps, self.adapted = leaves[:fields], leaves[fields:], steps, adapted
+        self.tables = self.leaves[:fields]
+        self.weights: list[Tensor] = list(method.decision.parameters())
+        self.lr = self._rates(method)
         self.users = {f.name: _join([b.user[f.name] for b in batch]) for f in USER_FIELDS}
         self.items = [items[f.name].take(batch.items) for f in ITEM_FIELDS]
         self.rows = [torch.cat([getattr(b, side).item for b in batch]) for side in ("support", "query")]
@@ -124,6 +129,14 @@ class _Baselines:
         self.sides = [(self._inputs(r), y) for r, y in zip(self.rows, self.labels, strict=True)]
         self.values, *local = baselines.touched(self.sides[0][0], self.sides[1][0])
         self.local = [(inputs, y) for inputs, y in zip(local, self.labels, strict=True)]
+
+    def _rates(self, method: GradientMethod) -> list[Tensor | float]:
+        """Of each fast parameter, in the order of the leaves."""
+        if isinstance(method, MetaSGD):
+            pairs = zip(method.rate_weights, method.rate_biases, strict=True)
+            return [rate for pair in pairs for rate in pair]
+        rate = float(method.log_rate[0].exp())  # type: ignore[operator, index]  # not LR to the last digit
+        return [rate] * (len(self.weights) + len(self.tables) * self.adapted)
 
     def variants(self) -> dict[str, Variant]:
         if not self.adapted:
@@ -135,16 +148,15 @@ class _Baselines:
         sides: list[baselines.Side] = [
             ([(i[tasks], None if w is None else w[tasks]) for i, w in inputs], y[tasks]) for inputs, y in self.sides
         ]
-        return baselines.loop(fixed, fast, len(self.tables) * self.adapted, self.steps, self.lr, sides[0], sides[1])
+        n = len(self.tables) * self.adapted
+        return baselines.loop(fixed, fast, n, self.steps, self.lr, sides[0], sides[1], self.leaves)
 
     def first(self) -> Sequence[Tensor]:
         return self.loop(slice(1))
 
     def _vmap_fixed(self) -> Sequence[Tensor]:
         sides: list[baselines.Side] = [([(baselines.embed(self.tables, inputs), None)], y) for inputs, y in self.sides]
-        return baselines.vmapped(
-            [], self.weights, 0, self.steps, self.lr, sides[0], sides[1], self.tables + self.weights
-        )
+        return baselines.vmapped([], self.weights, 0, self.steps, self.lr, sides[0], sides[1], self.leaves)
 
     def _vmap_unique(self) -> Sequence[Tensor]:
         n = len(self.users)
@@ -154,9 +166,7 @@ class _Baselines:
         for rows, y in zip(self.rows, self.labels, strict=True):
             x = torch.cat([users[:, None].expand(-1, rows.shape[1], -1), F.embedding(rows, items)], -1)
             sides.append(([(x, None)], y))
-        return baselines.vmapped(
-            [], self.weights, 0, self.steps, self.lr, sides[0], sides[1], self.tables + self.weights
-        )
+        return baselines.vmapped([], self.weights, 0, self.steps, self.lr, sides[0], sides[1], self.leaves)
 
     def _vmap_tables(self) -> Sequence[Tensor]:
         return self._vmap(self.sides, [], self.tables + self.weights, len(self.tables))
@@ -166,8 +176,7 @@ class _Baselines:
         return self._vmap(self.local, own, self.weights, 0)
 
     def _vmap(self, sides: list[baselines.Side], rows: list[Tensor], fast: list[Tensor], tables: int) -> list[Tensor]:
-        leaves = self.tables + self.weights
-        return baselines.vmapped(rows, fast, tables, self.steps, self.lr, sides[0], sides[1], leaves)
+        return baselines.vmapped(rows, fast, tables, self.steps, self.lr, sides[0], sides[1], self.leaves)
 
     def _inputs(self, rows: Tensor) -> baselines.Inputs:
         users = [

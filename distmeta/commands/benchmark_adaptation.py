@@ -1,7 +1,8 @@
 """`benchmark adaptation`: meta-gradients of one batch, by the engine, by torch.func.vmap and by a loop over tasks.
 
-Three models: a plain MLP on given inputs (adaptation.md's table), and whole tasks with lookups from ids, shaped like
-MovieLens-1M: MeLU (decision layers adapt) and MetaCS (embeddings adapt as well). Each case first checks in float64
+Four models: a plain MLP on given inputs (adaptation.md's table), and whole tasks with lookups from ids, shaped like
+MovieLens-1M: MeLU (decision layers adapt), MetaCS (embeddings adapt as well) and Meta-SGD (MeLU with a learned step
+for each parameter). Each case first checks in float64
 that all variants have the same meta-gradient; then its variants take turns within this process.
 """
 
@@ -41,7 +42,7 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads [1]")
     parser.add_argument("--repeats", type=int, metavar="N", help="turns of each variant [11; 5 with --quick]")
     parser.add_argument("--steps", type=int, nargs="+", metavar="K", help="inner steps [1 3 5; 1 5 with --quick]")
-    parser.add_argument("--model", choices=("plain", "whole", "embeddings"), help="only this model [all three]")
+    parser.add_argument("--model", choices=("plain", "whole", "embeddings", "parameters"), help="only this model [all]")
     args = parser.parse(argv)
     repeats = args.repeats if args.repeats is not None else (5 if args.quick else 11)
     steps = args.steps or ([1, 5] if args.quick else [1, 3, 5])
@@ -65,7 +66,7 @@ def run(steps: Sequence[int], repeats: int, threads: int, quick: bool, only: str
                 d, h = sizes[3:]
                 case = {"case": " x ".join(map(str, (*sizes[:3], k))), "model": f"plain {d}-{h}-{h}-1"}
                 rows += show(measure(cases.plain(*sizes, steps=k), sizes[0], repeats, case))
-        for model in ("whole", "embeddings"):
+        for model in ("whole", "embeddings", "parameters"):
             if only in (None, model):
                 check(cases.whole(model, CHECKED, steps=k, double=True).variants, model)
                 for tasks in WHOLE[:1] if quick else WHOLE:

@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "meta-train a method, evaluate it against the floors, write the report",
     "evaluate": "evaluate a run again and rewrite its report",
     "benchmark": "measure this machine: adaptation, input",
+    "reproduce": "a paper's table: its rows and ours side by side",
 }
 
 

@@ -53,7 +53,8 @@ def test_train_without_arguments(tmp_path):
     assert "MAE minus that of" in done.stdout
     (run,) = (tmp_path / "runs").glob("melu-synthetic-*")
     assert {f.name for f in run.iterdir() if not f.name.startswith(".")} == {
-        "config.yaml", "metrics.jsonl", "checkpoints", "evaluation.json", "report.html", "run.json",
+        "config.yaml", "metrics.jsonl", "checkpoints", "measured.arrow", "evaluation.json", "report.html",
+        "run.json",
     }  # fmt: skip
     assert str(run / "report.html") in done.stdout
     found = json.loads((run / "evaluation.json").read_text())

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     Found = tuple[Measured, dict[str, Measured]]
 
+MEASURED = "measured.arrow"
+"""In a run's directory: what `Measured.from_ipc` reads."""
+
 _SHOWN = ("mae", "mse", "rmse", "ndcg@1", "ndcg@3", "ndcg@5", "auc", "nel", "recall@10", "recall@50")
 """Metrics of the table on the terminal; evaluation.json has more."""
 
@@ -36,8 +39,9 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="evaluate",
         description="Evaluate the best checkpoint of a run on the tasks of its test split, and write\n"
-        "RUN/evaluation.json and RUN/report.html. Several runs, of several split seeds say, are\n"
-        "also judged together: the paired differences of all their tasks, by cohort.",
+        "RUN/evaluation.json, RUN/measured.arrow (the same, task by task) and RUN/report.html.\n"
+        "Several runs, of several split seeds say, are also judged together: the paired differences of\n"
+        "all their tasks, by cohort.",
         epilog="examples:\n  python -m jobs.evaluate --run runs/first\n"
         "  python -m jobs.evaluate --run runs/split-0 runs/split-1 runs/split-2",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -122,13 +126,16 @@ def evaluate(config: Config, run: Location, place: Location, dataset: Dataset, t
 
 
 def write(config: Config, run: Location, dataset: Dataset, table: TaskTable, given: "Assessment") -> "Found":
-    """Write RUN/evaluation.json and RUN/report.html from what was measured, and print a table."""
+    """Write RUN/evaluation.json, measured.arrow and report.html from what was measured, and print a table."""
     from distmeta.evaluation import evaluate as evaluation
-    from distmeta.evaluation import report
+    from distmeta.evaluation import facts, report
     from distmeta.parallel.validation import read_metrics
 
     measured, floors = given.method, given.floors
+    (run / MEASURED).write_bytes(measured.to_ipc())
     found = evaluation.assemble(config.method, table, config.train.seed, measured, floors)
+    if told := facts.summary(measured, table, dataset, Location.of(config.data.data)):
+        found["facts"] = told
     (run / "evaluation.json").write_json(found)
     report.write(run, found, read_metrics(run), config_module.to_yaml(config), dataset, measured.errors)
     print(f"\nbest checkpoint: step {given.step}")
@@ -170,16 +177,12 @@ def terminal_table(found: Mapping[str, Any]) -> str:
 
 def pooled_table(found: Sequence["Found"]) -> str:
     """Paired differences in MAE of several runs' tasks together, by cohort, to each floor."""
-    from distmeta.evaluation import significance
-    from distmeta.evaluation.cohorts import cohorts
+    from distmeta.evaluation.evaluate import pooled
 
-    runs = [(cohorts(method), {name: cohorts(floor) for name, floor in floors.items()}) for method, floors in found]
     floors = found[0][1]
     rows = [["MAE minus that of", *floors]]
-    for cohort in dict.fromkeys(name for mine, _ in runs for name in mine):
-        with_it = [(mine, others) for mine, others in runs if cohort in mine]
-        pairs = {f: [(mine[cohort].units, others[f][cohort].units) for mine, others in with_it] for f in floors}
-        rows.append([cohort, *(_interval(significance.pooled(pairs[f])["mae"]) for f in floors)])
+    for cohort, differences in pooled(found).items():
+        rows.append([cohort, *(_interval(differences[floor]["mae"]) for floor in floors)])
     return "\n".join(_aligned(rows))
 
 

@@ -20,7 +20,7 @@ from distmeta.data.tasktable import TaskTable
 from distmeta.errors import RunError, UserError
 from distmeta.evaluation import significance
 from distmeta.evaluation.cohorts import cohorts, groups, matched
-from distmeta.evaluation.measured import ErrorHistogram, Measured
+from distmeta.evaluation.measured import FACT, ErrorHistogram, Measured
 from distmeta.evaluation.metrics import CLICK_COLUMNS, CUTOFFS, click_sums, error_sums, ndcg
 from distmeta.exchange import Exchange
 from distmeta.methods import entry, method_class
@@ -28,7 +28,7 @@ from distmeta.methods.base import Method, fit_closed_form
 from distmeta.storage import Location
 from distmeta.tasks import TaskBlock
 
-__all__ = ["ErrorHistogram", "Measured", "assemble", "evaluate", "floors", "measure"]
+__all__ = ["ErrorHistogram", "Measured", "assemble", "evaluate", "floors", "measure", "pooled"]
 
 SPLITS = ("test", "seen")
 """What is evaluated, where the protocol has it: new tasks, and for some protocols training tasks again."""
@@ -61,10 +61,14 @@ def measure(
     names = ["n", "abs_sum", "sq_sum", *(f"ndcg@{k}" for k in CUTOFFS), *(CLICK_COLUMNS if clicks else ())]
     tasks, sums = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, len(names), dtype=torch.float64)]
     rows, errors = [_rows(torch.zeros(0, dtype=torch.int64), *torch.zeros(3, 0, 0))], ErrorHistogram.of(label)
+    facts: dict[str, list[Tensor]] = {}
     with torch.no_grad():
         for batch in loader.evaluation():
             batch = batch.to(device)
-            scores = method.predict(method.adapt(batch), batch)
+            state = method.adapt(batch)
+            scores = method.predict(state, batch)
+            for name, blocks in method.facts(state, batch).items():
+                facts.setdefault(FACT + name, []).extend(b.double().cpu() for b in blocks)
             for block, score in zip(batch, scores, strict=True):
                 _check_finite(method, block, score)
                 query = block.query
@@ -76,9 +80,10 @@ def measure(
                 if split == "test":
                     errors.add((given[0] - query.label)[query.mask])
     counted = pl.DataFrame(torch.cat(sums).numpy(), schema=names).with_columns(pl.col("n").cast(pl.Int64))
-    counted = counted.with_columns(task=pl.Series(torch.cat(tasks).numpy()), split=pl.lit(split))
+    told = [pl.Series(name, torch.cat(blocks).numpy()) for name, blocks in facts.items()]
+    counted = counted.with_columns(*told, task=pl.Series(torch.cat(tasks).numpy()), split=pl.lit(split))
     frame = counted.join(loader.tasks(), on="task", how="left", validate="1:1")
-    frame = frame.select("task", "split", "cohort", *names).sort("task")
+    frame = frame.select("task", "split", "cohort", *names, *facts).sort("task")
     if not clicks and row_cohorts is None:
         return Measured(frame, None, errors)
     return Measured(frame, _with_cohorts(pl.concat(rows), split, row_cohorts), errors)
@@ -273,3 +278,27 @@ def assemble(
         "paired": paired,
         **more,
     }
+
+
+def pooled(
+    runs: Sequence[tuple[Measured, Mapping[str, Measured]]], floors: Sequence[str] | None = None
+) -> dict[str, dict[str, dict[str, significance.Interval]]]:
+    """Paired differences method − floor of several runs' tasks together: cohort -> floor -> metric -> interval.
+
+    Args:
+        runs: what `evaluate` measures of each run (of a split seed each, say), and the floors on the same tasks.
+        floors: those to compare with; none: all that the first run has.
+
+    Raises:
+        RunError: a floor was evaluated on other tasks than the method.
+    """
+    names = list(runs[0][1]) if floors is None else list(floors)
+    each = [(cohorts(method), {name: cohorts(others[name]) for name in names}) for method, others in runs]
+    found: dict[str, dict[str, dict[str, significance.Interval]]] = {}
+    for cohort in dict.fromkeys(name for mine, _ in each for name in mine):
+        with_it = [(mine[cohort], others) for mine, others in each if cohort in mine]
+        found[cohort] = {
+            name: significance.pooled([(mine.units, others[name][cohort].units) for mine, others in with_it])
+            for name in names
+        }
+    return found

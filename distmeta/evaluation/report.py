@@ -8,7 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from distmeta.data.schema import Dataset
-from distmeta.evaluation import charts
+from distmeta.evaluation import charts, factfigures
 from distmeta.evaluation.charts import finite, signed
 from distmeta.evaluation.metrics import RECALL_CUTOFFS
 from distmeta.evaluation.style import PAGE, STYLE
@@ -166,7 +166,7 @@ def _figures(
         c: {method: evaluation["cohorts"][c]["mae"]} | {f: floors[f].get(c, {}).get("mae") for f in others}
         for c in cohorts
     }
-    yield _figure(
+    yield figure(
         charts.bars(mae, method),
         "Error by cohort",
         "Mean absolute error, averaged over users, of the method and of the floors on the same tasks."
@@ -174,7 +174,7 @@ def _figures(
     )
     paired = {c: {f: evaluation["paired"][f][c]["mae"] for f in others} for c in cohorts}
     if any(d[0] is not None for group in paired.values() for d in group.values()):
-        yield _figure(
+        yield figure(
             charts.forest(paired, method),
             "Difference to each floor, user by user",
             "Mean of the differences on the same users with its 95 % bootstrap interval. "
@@ -182,15 +182,18 @@ def _figures(
         )
     learned = charts.curves(metrics)
     if learned:
-        yield _figure(learned, "Learning", "By epoch; the ring marks the epoch with the lowest validation error.")
+        yield figure(learned, "Learning", "By epoch; the ring marks the epoch with the lowest validation error.")
     spread = charts.errors(errors)
     if spread:
-        yield _figure(
+        yield figure(
             spread, "Errors", "How often each signed error occurs among the test tasks' query ratings, in equal bins."
         )
+    for svg, title, caption in factfigures.figures(evaluation.get("facts", {}), metrics):
+        yield figure(svg, title, caption)
 
 
-def _figure(svg: str, title: str, caption: str) -> str:
+def figure(svg: str, title: str, caption: str) -> str:
+    """A picture with its title and caption, which are HTML."""
     head = f'<figure role="group" aria-label="{escape(title)}"><h2>{title}</h2>'
     return f"{head}{svg}<figcaption>{caption}</figcaption></figure>"
 

@@ -41,7 +41,7 @@ def assess(
         UserError: there is no checkpoint, it is damaged, or of another split. RunError: a prediction is not finite.
     """
     e = exchange or Exchange()
-    step = _best(run) if e.rank == 0 else 0
+    step = best_step(run) if e.rank == 0 else 0
     step = int(e.gather(b"%d" % step)[0])  # rank 0 may have written it a moment ago: the others wait for that
     best = checkpoint.read(run, step)
     checkpoint.check_origin(run, best, config, table.split_hash)
@@ -55,7 +55,8 @@ def assess(
     return Assessment(step, measured, floors)
 
 
-def _best(run: Location) -> int:
+def best_step(run: Location) -> int:
+    """The step of the run's checkpoint with the lowest validation error; UserError where there is none."""
     newest = checkpoint.newest(run)
     if newest is None:
         raise UserError(f"{run}: has no complete checkpoint; train on with `train --run {run} --resume`")

@@ -4,6 +4,7 @@ RUN/
   config.yaml       the whole config; a run exists when this does
   metrics.jsonl     one line an epoch
   checkpoints/      see checkpoint.py
+  measured.arrow    what each test task came to, as Arrow streams (evaluation/measured.py)
   evaluation.json   metrics by cohort, floors and paired differences
   report.html       the same as tables and pictures
   run.json          written last, when the run has finished

@@ -1,0 +1,214 @@
+"""`reproduce`: a paper's tables, its rows and ours side by side, from runs that are trained where they are missing."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from distmeta.cli import Parser
+from distmeta.errors import UserError
+from distmeta.evaluation.papertables import FLOORS, HEADS, PREPARE, TABLES, PaperTable
+from distmeta.fields import nearest
+from distmeta.methods import METHODS
+from distmeta.parallel import submitted
+from distmeta.storage import Location
+
+if TYPE_CHECKING:
+    from distmeta.commands.reproduce_runs import Run
+    from distmeta.data.schema import Dataset
+    from distmeta.evaluation.measured import Measured
+
+_EPILOG = """\
+tables: {tables}
+
+--set FLAG[=VALUE] gives every method that has it a flag of `train`; WHERE:FLAG[=VALUE] only the method, the data
+set, or DATASET/METHOD that WHERE names. Commas part the values of a list.
+
+examples:
+  python -m jobs.reproduce paml-2 paml-3 paml-4 hml-2 --data movielens-1m=data/ml-1m bookcrossing=data/bookcrossing
+  python -m jobs.reproduce paml-3 --data movielens-1m=data/ml-1m --set item-ids reg-paml:lr=1e-3 hidden=64,64
+  python -m jobs.reproduce paml-2 --data movielens-1m=data/ml-1m bookcrossing=none --methods melu transfer
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `reproduce`; 0 when the tables are there.
+
+    Raises:
+        UserError: usage or bad input. RunError: a run failed; the same command goes on.
+    """
+    args = _parse(argv)
+    tables = [_table(name) for name in args.tables]
+    if args.seeds < 1:
+        raise UserError(f"reproduce: --seeds must be at least 1, not {args.seeds}")
+    methods = _methods(args.methods, tables)
+    places = _places(args.data, tables)
+    submitted.check("--out", args.out)
+    from distmeta.commands import reproduce_runs as runs
+
+    settings = [runs.Setting.of(text) for text in args.set]
+    common = [w for f in ("workers", "threads", "epochs") if getattr(args, f) for w in (f"--{f}", getattr(args, f))]
+    datasets = {name: runs.dataset_at(name, place) for name, place in places.items()}
+    out = Location.of(args.out)
+    planned = {t.name: runs.plan(t, places, args.seeds, out, methods, settings, common) for t in tables}
+    every = list({str(r.where): r for table in tables for r in planned[table.name]}.values())
+    _check_settings(settings, every)
+    for run in every:
+        runs.check(run)
+    runs.train_missing(every)
+    for table in tables:
+        more = {
+            "seeds": args.seeds,
+            "datasets": {name: _described(datasets.get(name), places.get(name)) for name in table.datasets},
+            "settings": " ".join([*args.set, *common]),
+        }
+        _write(table, planned[table.name], places, datasets, out, more)
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="reproduce",
+        usage="reproduce TABLE [TABLE ...] --data NAME=DATASET [...] [flags]",
+        description="Train what a paper's table compares on several split seeds, and write OUT/TABLE.html, .md and\n"
+        ".json: the paper's rows and ours side by side, floors included. Runs lie in OUT/runs; those that\n"
+        "have finished are not trained again, so that the same command goes on after a kill.",
+        epilog=_EPILOG.format(tables=" ".join(TABLES)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("tables", nargs="+", metavar="TABLE", help=" ".join(TABLES))
+    parser.add_argument(
+        "--data", nargs="+", default=[], metavar="NAME=DATASET",
+        help="where each data set lies, made by `prepare`; NAME=none leaves its columns out",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="split seeds 0 to N-1 [3]")
+    parser.add_argument("--out", default="runs/reproduce", metavar="DIR", help="where to write [runs/reproduce]")
+    parser.add_argument("--methods", nargs="+", default=[], metavar="METHOD", help="only these rows of ours [all]")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="[WHERE:]FLAG[=VALUE]", help="flags of train; see below"
+    )
+    parser.add_argument("--epochs", metavar="N", help="--epochs of train, for all methods")
+    parser.add_argument("--workers", metavar="N", help="--workers of train")
+    parser.add_argument("--threads", metavar="N", help="--threads of train")
+    return parser.parse(argv)
+
+
+def _table(name: str) -> PaperTable:
+    if name not in TABLES:
+        raise UserError(f"reproduce: unknown table {name!r}{nearest(name, TABLES)}; tables: {' '.join(TABLES)}")
+    return TABLES[name]
+
+
+def _methods(given: Sequence[str], tables: Sequence[PaperTable]) -> list[str]:
+    """The methods to run; UserError where one is in no table, or not in the registry."""
+    known = list(dict.fromkeys(o.method for t in tables for o in t.ours))
+    for name in given:
+        if name not in known:
+            raise UserError(
+                f"reproduce: --methods {name}: no row of {' '.join(t.name for t in tables)}{nearest(name, known)};"
+                f" rows of ours: {' '.join(known)}"
+            )
+    chosen = list(given) or known
+    missing = [name for name in chosen if name not in METHODS]
+    if missing:
+        raise UserError(
+            f"reproduce: method {missing[0]} is not installed here; leave it out with --methods"
+            f" {' '.join(name for name in chosen if name in METHODS)}"
+        )
+    return chosen
+
+
+def _places(given: Sequence[str], tables: Sequence[PaperTable]) -> dict[str, Location]:
+    """Data set -> where it lies, without those left out; UserError where one is missing or none of the tables'."""
+    needed = list(dict.fromkeys(name for t in tables for name in t.datasets))
+    said: dict[str, str] = {}
+    for text in given:
+        name, _, place = text.partition("=")
+        if not place:
+            raise UserError(f"reproduce: --data {text!r} is not NAME=DATASET; names: {' '.join(needed)}")
+        if name not in needed:
+            raise UserError(
+                f"reproduce: --data {text}: these tables have no data set {name!r}{nearest(name, needed)}; names:"
+                f" {' '.join(needed)}"
+            )
+        if name in said:
+            raise UserError(f"reproduce: --data gives {name} twice; give it once")
+        said[name] = place
+    for name in needed:
+        if name not in said:
+            table = next(t.name for t in tables if name in t.datasets)
+            raise UserError(
+                f"reproduce: {table} needs {HEADS.get(name, name)}; make it with `{PREPARE[name]}`, then give --data"
+                f" {name}=DATASET, or leave its columns out with --data {name}=none"
+            )
+    places = {name: Location.of(place) for name, place in said.items() if place != "none"}
+    for table in tables:
+        if not set(table.datasets) & set(places):
+            raise UserError(
+                f"reproduce: {table.name} has no data set left; give at least one of {' '.join(table.datasets)}"
+            )
+    for name in places:
+        submitted.check(f"--data {name}=", said[name])
+    return places
+
+
+def _check_settings(settings: Sequence[Any], runs: Sequence["Run"]) -> None:
+    """UserError for a --set that reaches no run: a word of it is misspelt."""
+    from distmeta.commands.reproduce_runs import flags_of
+
+    pairs = {(run.dataset, run.config.method) for run in runs}
+    for s in settings:
+        if any(s.meant_for(*pair) for pair in pairs):
+            continue
+        known = sorted({word for pair in pairs for word in pair})
+        for word in s.where:
+            if word not in known:
+                raise UserError(
+                    f"reproduce: --set {s.text}: no run of {word!r}{nearest(word, known)}; there are {' '.join(known)}"
+                )
+        flags = sorted({f for _, method in pairs for f in flags_of(method)})
+        raise UserError(f"reproduce: --set {s.text}: no method here has --{s.flag}{nearest(s.flag, flags)}")
+
+
+def _described(dataset: "Dataset | None", place: Location | None) -> dict[str, Any] | None:
+    if dataset is None:
+        return None
+    counts = {"users": dataset.users, "items": dataset.items, "interactions": dataset.interactions}
+    return {"name": dataset.name, "location": str(place), **counts}
+
+
+def _write(
+    table: PaperTable,
+    planned: Sequence["Run"],
+    places: Mapping[str, Location],
+    datasets: Mapping[str, "Dataset"],
+    out: Location,
+    more: Mapping[str, Any],
+) -> None:
+    """OUT/TABLE.html, .md and, last, .json."""
+    from distmeta.commands import reproduce_pictures as pictures
+    from distmeta.commands import reproduce_runs as runs
+    from distmeta.evaluation import evaluate as evaluation
+    from distmeta.evaluation import reproduction, reproduction_page
+
+    ours: dict[str, dict[str, list[Measured]]] = {}
+    floors: dict[str, dict[str, list[Measured]]] = {}
+    tables = {}
+    for run in planned:
+        place = places[run.dataset]
+        if (run.dataset, run.seed) not in tables:
+            tables[run.dataset, run.seed] = task_table = runs.tasks(run, place)
+            found = evaluation.floors(task_table, datasets[run.dataset], place, FLOORS)
+            for name, one in found.items():
+                floors.setdefault(run.dataset, {}).setdefault(name, []).append(one)
+        ours.setdefault(run.dataset, {}).setdefault(run.label, []).append(
+            runs.measured(run, tables[run.dataset, run.seed])
+        )
+    compared = next(iter(tables.values())).compared
+    hashes = {f"{dataset} {seed}": t.split_hash for (dataset, seed), t in tables.items()}
+    found = {**reproduction.assemble(table, ours, floors, compared), **more, "split_hashes": hashes}
+    figures = pictures.figures(table, planned, places, datasets, ours, floors, tables)
+    text = reproduction_page.markdown(found)
+    (out / f"{table.name}.html").write_bytes(reproduction_page.page(found, figures).encode())
+    (out / f"{table.name}.md").write_bytes(text.encode())
+    (out / f"{table.name}.json").write_json(found)
+    print(f"\n{text}\n{out / table.name}.html, .md and .json")

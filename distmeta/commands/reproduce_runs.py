@@ -1,0 +1,229 @@
+"""The runs behind a paper's table: which there are, which are missing, and what the finished ones measured."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from distmeta import config as config_module
+from distmeta.commands import train
+from distmeta.commands.evaluate import MEASURED
+from distmeta.config import Config, DataOptions, TrainOptions
+from distmeta.data import protocols, tasktable
+from distmeta.data.schema import Dataset
+from distmeta.data.tasktable import TaskTable
+from distmeta.errors import RunError, UserError
+from distmeta.evaluation.papertables import PREPARE, Ours, PaperTable
+from distmeta.methods import entry
+from distmeta.parallel import rundir
+from distmeta.storage import Location
+
+if TYPE_CHECKING:
+    from distmeta.evaluation.measured import Measured
+
+_TAKEN = ("data", "protocol", "split-seed", "run", "resume", "workers", "threads", "epochs")
+"""Flags that the command itself sets."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One `--set [WHERE:]FLAG[=VALUE]`: a flag of `train` for the methods and data sets named, or for all."""
+
+    where: tuple[str, ...]
+    flag: str
+    values: tuple[str, ...]
+    text: str
+
+    @classmethod
+    def of(cls, text: str) -> "Setting":
+        """Parse it; UserError where it is none, or sets what the command sets itself."""
+        match = re.fullmatch(r"(?:([\w./-]+):)?([a-z][a-z0-9-]*)(?:=(.*))?", text.replace("_", "-"))
+        if not match:
+            raise UserError(
+                f"reproduce: --set {text!r} is not [WHERE:]FLAG[=VALUE]; say item-ids, lr=1e-3 or"
+                " bookcrossing/hml:lr=1e-3"
+            )
+        where, flag, _ = match.groups()
+        if flag in _TAKEN:
+            raise UserError(f"reproduce: --set {flag} is not possible: the command sets --{flag} itself")
+        values = text.split("=", 1)[1].split(",") if "=" in text else ()
+        return cls(tuple(where.split("/")) if where else (), flag, tuple(values), text)
+
+    def argv(self) -> list[str]:
+        return [f"--{self.flag}", *self.values]
+
+    def meant_for(self, dataset: str, method: str) -> bool:
+        """Whether it is for this method on this data set: all that it names, and a flag that the method has."""
+        named = set(self.where)
+        if not named <= {dataset, method}:
+            return False
+        return method in named or self.flag.removeprefix("no-") in flags_of(method)
+
+
+def flags_of(method: str) -> set[str]:
+    """The flags of `train METHOD`, without their dashes."""
+    sections = (DataOptions, TrainOptions, entry(method).options)
+    return {f.name.replace("_", "-") for section in sections for f in dataclasses.fields(section)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run."""
+
+    dataset: str
+    label: str
+    """Of the table's row."""
+    seed: int
+    """Of the split."""
+    where: Location
+    config: Config
+    argv: tuple[str, ...]
+    """Of `train`."""
+
+
+def plan(
+    table: PaperTable,
+    places: Mapping[str, Location],
+    seeds: int,
+    out: Location,
+    methods: Sequence[str],
+    settings: Sequence[Setting],
+    common: Sequence[str],
+) -> list[Run]:
+    """Every run of a table, split seed by split seed, in OUT/runs/DATASET-PROTOCOL-METHOD-SEED.
+
+    Rows that set an option of their method to another value than it has anyway have that in the name too, so that a
+    run serves every table that asks for it.
+
+    Args:
+        places: the data sets at hand. methods: those to run. settings, common: flags for all runs.
+
+    Raises:
+        UserError: a method is not there, or a setting is not one of its.
+    """
+    runs = []
+    for seed in range(seeds):
+        for dataset, place in places.items():
+            for ours in table.ours:
+                if ours.method in methods and dataset in table.datasets:
+                    runs.append(_run(table, dataset, place, ours, seed, out, settings, common))
+    return runs
+
+
+def _run(
+    table: PaperTable,
+    dataset: str,
+    place: Location,
+    ours: Ours,
+    seed: int,
+    out: Location,
+    settings: Sequence[Setting],
+    common: Sequence[str],
+) -> Run:
+    entry(ours.method)
+    chosen = [word for s in settings if s.meant_for(dataset, ours.method) for word in s.argv()]
+    shared = [ours.method, "--data", str(place), "--protocol", table.protocol, "--split-seed", str(seed)]
+    shared += [*table.flags.get(dataset, ()), *chosen, *common]
+    plain, config = train.parse(shared), train.parse([*shared, *ours.flags])
+    before, now = (dataclasses.asdict(c.method_options) for c in (plain, config))
+    own = [f"-{k}-{v:g}" if isinstance(v, float) else f"-{k}-{v}" for k, v in now.items() if v != before[k]]
+    where = out / "runs" / f"{dataset}-{table.protocol}-{ours.method}{''.join(own)}-{seed}"
+    return Run(dataset, ours.label, seed, where, config, (*shared, *ours.flags, "--run", str(where)))
+
+
+def check(run: Run) -> None:
+    """UserError where what lies at `run.where` is another run than the one wanted, or damaged."""
+    if not rundir.exists(run.where):
+        rundir.check_new(run.where)
+        return
+    before, now = (_deciding(c) for c in (rundir.stored(run.where), run.config))
+    for key in now:
+        if before.get(key) != now[key]:
+            raise UserError(
+                f"{run.where}: was trained with {key} = {before.get(key)!r}, not {now[key]!r}; delete it to have it"
+                " trained anew, or choose another --out"
+            )
+    if rundir.finished(run.where):
+        read_summary(run.where)
+
+
+def _deciding(config: Config) -> dict[str, Any]:
+    """What a finished run's numbers depend on."""
+    return {
+        **config_module.fixed(config),
+        "train.epochs": config.train.epochs,
+        "train.patience": config.train.patience,
+    }
+
+
+def read_summary(where: Location) -> dict[str, Any]:
+    """RUN/run.json; UserError where it is damaged."""
+    mend = f"delete it, and the next call finishes the run in {where}"
+    summary = (where / "run.json").read_json(mend)
+    if not isinstance(summary, dict) or not isinstance(summary.get("split_hash"), str):
+        raise UserError(f"{where / 'run.json'}: does not say which split it is of; {mend}")
+    return summary
+
+
+def train_missing(runs: Sequence[Run], log: Callable[[str], None] = print) -> None:
+    """Train the runs that have not finished, going on with those begun; each ends evaluated.
+
+    Raises:
+        UserError, RunError: a run failed; what is finished stays, and a second call goes on from there.
+    """
+    missing = [run for run in runs if not rundir.finished(run.where)]
+    log(f"{len(runs)} runs, {len(runs) - len(missing)} finished, {len(missing)} to train")
+    start = time.monotonic()
+    for i, run in enumerate(missing):
+        left = ""
+        if i:
+            each = (time.monotonic() - start) / i
+            left = f", about {each * (len(missing) - i) / 60:.0f} min left"
+        log(f"\n[{i + 1}/{len(missing)}{left}] {run.label} on {run.dataset}, split {run.seed} -> {run.where}")
+        argv = [*run.argv, "--resume"] if rundir.exists(run.where) else list(run.argv)
+        try:
+            train.main(argv)
+        except RunError as e:
+            raise RunError(f"{run.where}: {e}; the {i} runs before it stand, the same command goes on") from e
+
+
+def tasks(run: Run, place: Location) -> TaskTable:
+    """The task table of a run, made where it does not exist yet."""
+    return tasktable.make(place, run.config.data.protocol, run.seed, protocols.protocol_options(run.config.data))
+
+
+def measured(run: Run, table: TaskTable) -> "Measured":
+    """What a finished run measured on its test tasks.
+
+    Raises:
+        UserError: it was trained on another split than `table` holds; the file is missing or damaged.
+    """
+    import pyarrow as pa
+
+    from distmeta.evaluation.measured import Measured
+
+    if read_summary(run.where)["split_hash"] != table.split_hash:
+        raise UserError(
+            f"{run.where}: was trained on another split than {table.location} holds (the data set was made anew?);"
+            " delete it to have it trained anew"
+        )
+    file = run.where / MEASURED
+    try:
+        return Measured.from_ipc(file.read_bytes())
+    except (OSError, KeyError, pa.ArrowException) as e:
+        what = "is missing" if isinstance(e, FileNotFoundError) else "is damaged"
+        raise UserError(f"{file}: {what}; make it again with `python -m jobs.evaluate --run {run.where}`") from None
+
+
+def dataset_at(name: str, place: Location) -> Dataset:
+    """The data set at `place`; UserError where it is not `name`."""
+    found = Dataset.open(place)
+    source = found.extra.get("source")
+    if source != name:
+        raise UserError(
+            f"{place}: holds {found.name}, made from {source}, and is given as {name}; give the data set that"
+            f" `{PREPARE[name]}` makes"
+        )
+    return found

@@ -1,0 +1,142 @@
+"""A paper's table reproduced: its numbers and ours over split seeds, and what differs from the floors user by user.
+
+The result is plain data: OUT/TABLE.json holds it, and reproduction_page.py shows it.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from distmeta.evaluation.cohorts import cohorts, groups
+from distmeta.evaluation.evaluate import pooled
+from distmeta.evaluation.measured import Measured
+from distmeta.evaluation.papertables import FLOORS, JUDGED, Column, PaperTable, Section
+
+P = "p"
+"""The metric of a column that is the p-value of the t-test between two groups."""
+PAIRED = {"mae_ratings": "mae", "rmse": "mse"}
+"""Metrics over ratings, and the one by user that a paired difference stands for them."""
+HIGHER = ("ndcg", "auc", "recall")
+"""What the names of metrics begin with of which more is better."""
+
+Seeds = Sequence[Measured]
+"""One method on one data set, by split seed."""
+
+
+def assemble(
+    table: PaperTable,
+    ours: Mapping[str, Mapping[str, Seeds]],
+    floors: Mapping[str, Mapping[str, Seeds]],
+    compared: Sequence[Sequence[str]],
+) -> dict[str, Any]:
+    """The table as plain data.
+
+    Args:
+        ours: data set -> label of `table.ours` -> what was measured on each split seed. Data sets and labels that
+            were left out are not in it.
+        floors: data set -> floor -> the same, on the same tasks.
+        compared: the pairs of cohorts whose users the protocol compares.
+
+    Returns:
+        {"table", "title", "protocol", "digits", "columns": [{"dataset", "metric", "head", "cohort"}], "notes",
+        "sections": [{"title", "cohort", "rows", "paired"}]}, where
+        rows: [{"label", "method" (None: none of ours), "floor", "paper": [[mean, sd] | None], "ours": [{"mean", "sd",
+        "seeds"} | None]}], of a p-value "seeds" alone;
+        paired: [{"label", "against", "differences": [[difference, low, high] | None]}];
+        the inner lists by column.
+    """
+    numbers = {
+        dataset: {name: [_summaries(m, compared) for m in seeds] for name, seeds in {**floors[dataset], **mine}.items()}
+        for dataset, mine in ours.items()
+    }
+    differences = {
+        dataset: {label: pooled(_together(seeds, floors[dataset]), JUDGED) for label, seeds in mine.items()}
+        for dataset, mine in ours.items()
+    }
+    return {
+        "table": table.name,
+        "title": table.title,
+        "protocol": table.protocol,
+        "digits": table.digits,
+        "columns": [{"dataset": c.dataset, "metric": c.metric, "head": c.head, "cohort": c.cohort}
+                    for c in table.columns],
+        "sections": [_section(table, section, numbers, differences) for section in table.sections],
+        "notes": list(table.notes),
+    }  # fmt: skip
+
+
+def _together(seeds: Seeds, floors: Mapping[str, Seeds]) -> list[tuple[Measured, dict[str, Measured]]]:
+    return [(m, {name: floors[name][i] for name in JUDGED}) for i, m in enumerate(seeds)]
+
+
+def _summaries(measured: Measured, compared: Sequence[Sequence[str]]) -> dict[str, Mapping[str, Any]]:
+    """Cohort -> its metrics; under P the t-tests' p-values by pair."""
+    found: dict[str, Mapping[str, Any]] = {name: cohort.summary for name, cohort in cohorts(measured).items()}
+    return found | {P: {pair: test["p"] for pair, test in groups(measured, compared).items()}}
+
+
+def _section(
+    table: PaperTable, section: Section, numbers: Mapping[str, Any], differences: Mapping[str, Any]
+) -> dict[str, Any]:
+    papers = section.rows()
+    methods = {o.label: o.method for o in table.ours}
+    labels = [*dict.fromkeys([*papers, *methods])]
+    rows = []
+    for label in [*labels, *FLOORS]:
+        paper = papers.get(label) or [None] * len(table.columns)
+        rows.append(
+            {
+                "label": label,
+                "method": label if label in FLOORS else methods.get(label),
+                "floor": label in FLOORS,
+                "paper": [None if p is None else [p.mean, p.sd] for p in paper],
+                "ours": [_ours(numbers.get(c.dataset, {}).get(label), c, section) for c in table.columns],
+            }
+        )
+    paired = []
+    for label in methods:
+        for floor in JUDGED:
+            found = [_difference(differences.get(c.dataset, {}).get(label), floor, c, section) for c in table.columns]
+            if any(found):
+                paired.append({"label": label, "against": floor, "differences": found})
+    return {"title": section.title, "cohort": section.cohort, "rows": rows, "paired": paired}
+
+
+def _ours(seeds: Sequence[Mapping[str, Any]] | None, column: Column, section: Section) -> dict[str, Any] | None:
+    """One cell of ours; None where nothing was run, or nobody is in the cohort."""
+    if seeds is None:
+        return None
+    if column.metric == P:
+        values = [p for s in seeds for p in s[P].values()]
+        return {"mean": None, "sd": None, "seeds": values} if any(v is not None for v in values) else None
+    summaries = [s.get(column.cohort or section.cohort, {}) for s in seeds]
+    values = [s.get(column.metric, s.get("mae") if column.metric == "mae_ratings" else None) for s in summaries]
+    known = [v for v in values if v is not None]
+    if not known:
+        return None
+    sd = statistics.stdev(known) if len(known) > 1 else None
+    return {"mean": statistics.fmean(known), "sd": sd, "seeds": values}
+
+
+def _difference(
+    found: Mapping[str, Any] | None, floor: str, column: Column, section: Section
+) -> list[float | None] | None:
+    """[difference, low, high] of a column; None where it has none by user, or nobody is in the cohort."""
+    if found is None or column.metric == P:
+        return None
+    metrics = found.get(column.cohort or section.cohort, {}).get(floor, {})
+    interval = metrics.get(PAIRED.get(column.metric, column.metric))
+    return interval if interval and interval[0] is not None else None
+
+
+def best(rows: Sequence[Mapping[str, Any]], column: int, metric: str, side: str) -> list[int]:
+    """Positions of the rows whose mean in `column` is best, of the paper's (`paper`) or of ours (`ours`)."""
+    if metric == P:
+        return []
+    cells = [row[side][column] for row in rows]
+    means = [None if c is None else c["mean"] if side == "ours" else c[0] for c in cells]
+    known = [m for m in means if m is not None]
+    if not known:
+        return []
+    top = max(known) if metric.startswith(HIGHER) else min(known)
+    return [i for i, m in enumerate(means) if m == top]

@@ -1,0 +1,286 @@
+"""`reproduce` from end to end on a small made table: the runs, a second call, both papers' numbers, bad input."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import polars as pl
+import pytest
+
+from distmeta import cli
+from distmeta.commands import reproduce, train
+from distmeta.evaluation import papertables, plane, reproduction, reproduction_page
+from distmeta.evaluation.papertables import PAML_4, TABLES, Column, Ours, PaperTable, Printed, Section, printed
+from distmeta.storage import Location
+
+TINY = PaperTable(
+    name="tiny-1",
+    title="Tiny, Table 1",
+    protocol="paml",
+    columns=(
+        Column("synthetic", "mse", "MSE"),
+        Column("synthetic", "mse", "MSE, minor", "minor"),
+        Column("synthetic", "ndcg@3", "nDCG@3"),
+        Column("synthetic", "p", "p"),
+    ),
+    sections=(
+        Section(
+            "",
+            "all",
+            """
+            MeLU | 1.451±0.022 | 0.1 | 0.793± 0.002 | 0.071
+            Rival | 1.210*± 0.029 | .2 | 0.800 |
+            """,
+        ),
+    ),
+    ours=(
+        Ours("MeLU", "melu"),
+        Ours("MeLU, 1 step", "melu", ("--steps", "1")),
+        Ours("MeLU, 5 steps", "melu", ("--steps", "5")),
+        Ours("Transfer", "transfer"),
+    ),
+    notes=("A | note.",),
+    flags={"synthetic": ("--major-over", "1")},
+    boxes=True,
+    maps=True,
+)
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TABLES, "tiny-1", TINY)
+    monkeypatch.setitem(papertables.PREPARE, "synthetic", "python -m jobs.prepare synthetic --out data/made")
+
+
+def argv(small: Location, out: Path, *more: str) -> list[str]:
+    return ["reproduce", "tiny-1", "--data", f"synthetic={small}", "--seeds", "2", "--out", str(out), "--epochs", "1",
+            "--threads", "1", "--set", "embedding=4", "melu:hidden=8,8", "transfer:hidden=8", *more]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(small: Location, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished reproduction; copy it before changing it."""
+    out = tmp_path_factory.mktemp("reproduce") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TABLES, "tiny-1", TINY)
+        patch.setitem(papertables.PREPARE, "synthetic", "")
+        assert cli.main(argv(small, out)) == 0
+    return out
+
+
+def failing(capsys: Any, words: list[str], status: int = 2) -> str:
+    capsys.readouterr()
+    assert cli.main(words) == status
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1, message
+    return message
+
+
+def test_rows_that_set_nothing_share_a_run(done: Path) -> None:
+    """MeLU takes 5 steps anyway."""
+    names = {f"synthetic-paml-{m}-{seed}" for m in ("melu", "melu-steps-1", "transfer") for seed in (0, 1)}
+    assert {f.name for f in (done / "runs").iterdir()} == names
+    config = (done / "runs" / "synthetic-paml-melu-1" / "config.yaml").read_text()
+    assert all(line in config for line in ("split_seed: 1", "major_over: 1", "embedding: 4", "epochs: 1"))
+
+
+def test_numbers_are_those_of_the_runs(done: Path) -> None:
+    found = json.loads((done / "tiny-1.json").read_text())
+    (section,) = found["sections"]
+    rows = {row["label"]: row for row in section["rows"]}
+    assert list(rows) == ["MeLU", "Rival", "MeLU, 1 step", "MeLU, 5 steps", "Transfer", "constant", "bias", "als"]
+    assert rows["MeLU"]["paper"] == [[1.451, 0.022], [0.1, None], [0.793, 0.002], [0.071, None]]
+    assert rows["Rival"]["ours"] == [None] * 4
+    assert rows["MeLU"]["ours"] == rows["MeLU, 5 steps"]["ours"]
+    evaluations = [json.loads((done / f"runs/synthetic-paml-transfer-{s}/evaluation.json").read_text()) for s in (0, 1)]
+    for i, (cohort, metric) in enumerate((("all", "mse"), ("minor", "mse"), ("all", "ndcg@3"))):
+        a, b = (e["cohorts"][cohort][metric] for e in evaluations)
+        expected = {"mean": (a + b) / 2, "sd": abs(a - b) / math.sqrt(2)}
+        mine = rows["Transfer"]["ours"][i]
+        assert mine.pop("seeds") == [a, b]
+        assert mine == pytest.approx(expected)
+        floors = [e["floors"]["als"][cohort][metric] for e in evaluations]
+        assert rows["als"]["ours"][i]["seeds"] == floors
+        n = [e["cohorts"][cohort]["n_ranked" if metric == "ndcg@3" else "n_tasks"] for e in evaluations]
+        pooled = next(p for p in section["paired"] if (p["label"], p["against"]) == ("Transfer", "als"))
+        difference, low, high = pooled["differences"][i]
+        assert difference == pytest.approx(np.average([a - floors[0], b - floors[1]], weights=n))
+        assert low < difference < high
+    assert rows["Transfer"]["ours"][3]["seeds"] == [e["groups"]["major-minor"]["p"] for e in evaluations]
+    assert pooled["differences"][3] is None
+    assert set(found["split_hashes"]) == {"synthetic 0", "synthetic 1"}
+
+
+def test_table_for_a_readme(done: Path) -> None:
+    text = (done / "tiny-1.md").read_text()
+    line = next(row for row in text.splitlines() if row.startswith("| MeLU |"))
+    assert line.startswith("| MeLU | 1.451 ± 0.022 |")
+    assert next(row for row in text.splitlines() if row.startswith("| Rival |")).startswith(
+        "| Rival | **1.210 ± 0.029** | later issue |"
+    )
+    grids = [[row.count("|") for row in part.splitlines()] for part in text.split("\n\n") if part.startswith("| ")]
+    assert len(grids) == 2
+    assert all(len(set(counts)) == 1 for counts in grids)
+    assert re.search(r"\| MeLU, 1 step − als \| [−+]\d\.\d{4} \[", text)
+
+
+def test_page_has_its_pictures(done: Path) -> None:
+    page = (done / "tiny-1.html").read_text()
+    pictures = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(pictures) == 1 + len(TINY.ours)
+    for svg in pictures:
+        ElementTree.fromstring(svg)
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert page.count("Silhouette of the groups in all 8 dimensions") == len(TINY.ours)
+    words = re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)
+    assert not re.search(r"\b(nan|none)\b", re.sub(r"<[^>]*>", " ", words), re.IGNORECASE)
+
+
+def test_second_call_trains_what_is_missing_alone(
+    done: Path, small: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """A run that was killed after a checkpoint is gone on with; one that left a config.yaml alone begins again."""
+    out = tmp_path / "out"
+    shutil.copytree(done, out)
+    before = (out / "tiny-1.json").read_text()
+    begun, started = out / "runs/synthetic-paml-transfer-1", out / "runs/synthetic-paml-melu-0"
+    (begun / "run.json").unlink()
+    (begun / "measured.arrow").unlink()
+    for file in [f for f in started.rglob("*") if f.is_file() and f.name != "config.yaml"]:
+        file.unlink()
+    shutil.rmtree(started / "checkpoints")
+    (out / "tiny-1.json").unlink()
+    called = []
+    real = train.main
+    monkeypatch.setattr(train, "main", lambda words: (called.append(words[words.index("--run") + 1]), real(words))[1])
+    assert cli.main(argv(small, out)) == 0
+    assert {Path(run) for run in called} == {begun, started}
+    said = capsys.readouterr().out
+    assert "6 runs, 4 finished, 2 to train" in said
+    assert re.search(r"\[2/2, about \d+ min left\] Transfer on synthetic, split 1", said)
+    after = json.loads((out / "tiny-1.json").read_text())
+    assert after == json.loads(before)
+
+
+def test_runs_that_are_not_what_is_asked_for(done: Path, small: Location, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(done, out)
+    run = out / "runs/synthetic-paml-transfer-1"
+
+    def refused(*more: str) -> str:
+        message = failing(capsys, argv(small, out, *more))
+        assert str(run) in message or "transfer-0" in message, message
+        return message
+
+    assert "trained with method_options.tuned = 'all', not 'decision'" in refused("transfer:tuned=decision")
+    assert "trained with train.epochs = 1, not 2" in failing(capsys, [*argv(small, out), "--epochs", "2"])
+    (run / "measured.arrow").write_bytes(b"nothing")
+    assert "jobs.evaluate --run" in refused()
+    (run / "measured.arrow").unlink()
+    assert "is missing" in refused()
+    (run / "run.json").write_text("{")
+    assert "not readable as JSON" in refused()
+    (run / "run.json").write_text('{"split_hash": "another"}')
+    assert "was trained on another split" in refused()
+    (run / "config.yaml").unlink()
+    assert "holds other things" in refused()
+    assert (done / "tiny-1.json").read_bytes() == (out / "tiny-1.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["palm-2"], ["unknown table 'palm-2'", "did you mean paml-2?"]),
+        ([], ["TABLE"]),
+        (["tiny-1"], ["tiny-1 needs synthetic", "jobs.prepare synthetic", "--data synthetic=DATASET"]),
+        (["tiny-1", "--data", "HERE"], ["is not NAME=DATASET"]),
+        (["tiny-1", "--data", "syntetic=HERE"], ["no data set 'syntetic'", "did you mean synthetic?"]),
+        (["tiny-1", "--data", "synthetic=HERE", "synthetic=x"], ["gives synthetic twice"]),
+        (["tiny-1", "--data", "synthetic=none"], ["has no data set left"]),
+        (["tiny-1", "--data", "synthetic=nowhere"], ["nowhere: no dataset here"]),
+        (
+            ["paml-3", "--data", "movielens-1m=HERE", "--methods", "melu"],
+            ["holds synthetic", "jobs.prepare movielens-1m"],
+        ),
+        (["tiny-1", "--data", "synthetic=HERE", "--methods", "mleu"], ["--methods mleu", "did you mean melu?"]),
+        (["tiny-1", "--data", "synthetic=HERE", "--seeds", "0"], ["--seeds must be at least 1"]),
+        (["tiny-1", "--data", "synthetic=HERE", "--set", "hiden=3"], ["no method here has --hiden", "mean hidden?"]),
+        (["tiny-1", "--data", "synthetic=HERE", "--set", "mleu:lr=1"], ["no run of 'mleu'", "did you mean melu?"]),
+        (["tiny-1", "--data", "synthetic=HERE", "--set", "split-seed=3"], ["the command sets --split-seed itself"]),
+        (["tiny-1", "--data", "synthetic=HERE", "--set", "=3"], ["is not [WHERE:]FLAG[=VALUE]"]),
+        (["tiny-1", "--data", "synthetic=HERE", "--set", "melu:tuned=all"], ["train melu", "--tuned"]),
+        (["tiny-1", "--data", "synthetic=HERE", "--set", "steps=many"], ["--steps", "invalid int value: 'many'"]),
+    ],
+)
+def test_misuse_is_one_sentence(
+    words: list[str], says: list[str], small: Location, tmp_path: Path, capsys: Any
+) -> None:
+    given = [w.replace("HERE", str(small)) for w in words]
+    message = failing(capsys, ["reproduce", *given, *(["--out", str(tmp_path / "out")] if words else [])])
+    assert [s for s in says if s not in message] == [], message
+    assert not (tmp_path / "out").exists()
+
+
+def test_method_that_is_not_there(small: Location, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.delitem(reproduce.METHODS, "transfer")
+    message = failing(capsys, ["reproduce", "tiny-1", "--data", f"synthetic={small}"])
+    assert "method transfer is not installed here; leave it out with --methods melu" in message
+
+
+@pytest.mark.parametrize("table", [t for t in TABLES.values() if t is not TINY], ids=lambda t: t.name)
+def test_papers_rows_fit_their_tables(table: PaperTable) -> None:
+    for section in table.sections:
+        for label, cells in section.rows().items():
+            assert len(cells) == len(table.columns), label
+            assert all(cells), label
+    labels = {label for section in table.sections for label in section.rows()}
+    assert len({o.label for o in table.ours}) == len(table.ours)
+    assert {o.label for o in table.ours} - labels <= {"PAML"}
+    assert labels - {o.label for o in table.ours} <= {"WD", "DeepFM"}
+
+
+def test_papers_numbers() -> None:
+    """A few by hand, and PAML's own contradiction: Table 3's REG row is Table 4's γ = 1e-2 with the p of 1e-3."""
+    assert printed("1.210*± 0.029") == Printed(1.21, 0.029, True)
+    assert printed("") is None
+    with pytest.raises(ValueError, match="'1,2' is not a number"):
+        printed("1,2")
+    gamma = PAML_4.sections[0].rows()
+    reg = TABLES["paml-3"].sections[0].rows()["REG-PAML"]
+    assert [p.mean for p in reg if p] == [1.194, 1.236, 0.312]
+    third, second = gamma["REG-PAML (γ = 1e-3)"], gamma["REG-PAML (γ = 1e-2)"]
+    assert [p.mean for p in second[:2] if p] == [p.mean for p in reg[:2] if p]
+    assert third[2] == reg[2]
+    hml = [s.rows() for s in TABLES["hml-2"].sections[:3]]
+    lower = [r["HML"][c] for r in hml for c in (2, 5) if r["HML"][c].mean < max(r[m][c].mean for m in r)]  # type: ignore[union-attr]
+    assert len(lower) == 3
+
+
+def test_best_is_lowest_error_and_highest_ndcg() -> None:
+    rows = [{"paper": [None, [0.8, None]], "ours": [{"mean": m}, {"mean": -m}]} for m in (3.0, 1.0, 2.0)]
+    assert reproduction.best(rows, 0, "mse", "ours") == [1]
+    assert reproduction.best(rows, 1, "ndcg@5", "ours") == [1]
+    assert reproduction.best(rows, 0, "mse", "paper") == []
+    assert reproduction.best(rows, 1, "p", "ours") == []
+    assert reproduction_page._interval([0.1, 0.05, 0.2], "ndcg@3") == ("+0.1000 [+0.0500, +0.2000]", True)
+    assert not reproduction_page._interval([0.1, 0.05, 0.2], "mse")[1]
+
+
+def test_silhouette_and_plane_by_hand() -> None:
+    """Two pairs on a line, 0 and 1 against 10 and 11: a = 1, b = 10.5 and 9.5."""
+    points = np.array([[0.0, 0, 5], [1, 0, 5], [10, 0, 5], [11, 0, 5]])
+    group = ["x", "x", "y", "y"]
+    assert plane.silhouette(points, group) == pytest.approx((2 * (1 - 1 / 10.5) + 2 * (1 - 1 / 9.5)) / 4)
+    assert plane.silhouette(points, ["x"] * 4) is None
+    assert plane.silhouette(np.zeros((4, 3)), group) == 0.0
+    assert np.allclose(plane.project(points), [[-5.5, 0], [-4.5, 0], [4.5, 0], [5.5, 0]])
+    assert plane.project(points[:, :1]).shape == (4, 2)
+    spread = plane.project(np.random.default_rng(0).normal(size=(50, 4)) * [1, 9, 3, 1])
+    assert pl.DataFrame(spread).std().row(0)[0] > 2 * pl.DataFrame(spread).std().row(0)[1]

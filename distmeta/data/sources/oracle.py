@@ -60,19 +60,26 @@ def click_bayes(score: Floats, noise: float) -> dict[str, float]:
     Returns:
         mae (by 0 or 1), mse, rmse and log_loss (by p), auc_rows (by the order of p, over all rows; but for what a
         sample's share of clicks varies), and nel_rows, the class-weighted log loss, whose best prediction has the
-        logit of p shifted by log(Σ(1 − p) / Σp): as if the classes were equally frequent.
+        logit of p shifted by log(Σ(1 − p) / Σp): as if the classes were equally frequent. The last two are left out
+        where they are not defined: there cannot be both a click and another row.
     """
     logit = np.sort(click_logit(score, noise))
     p, q = probability(logit), probability(-logit)
+    mse, log_loss = p * q, p * np.logaddexp(0.0, -logit) + q * np.logaddexp(0.0, logit)
+    found = {
+        "mae": np.minimum(p, q).mean(),
+        "mse": mse.mean(),
+        "rmse": np.sqrt(mse.mean()),
+        "log_loss": log_loss.mean(),
+    }
     clicks, others = p.sum(), q.sum()
-    shifted = logit + np.log(others / clicks)
-    nel = (p @ np.logaddexp(0.0, -shifted) / clicks + q @ np.logaddexp(0.0, shifted) / others) / 2
-    # Pairs of a click and another row ranked right, of all such pairs of two different rows, both expected.
-    auc = p @ (np.cumsum(q) - q) / (clicks * others - p @ q) if len(p) > 1 else math.nan
-    mse = float((p * q).mean())
-    log_loss = p * np.logaddexp(0.0, -logit) + q * np.logaddexp(0.0, logit)
-    found = {"mae": np.minimum(p, q).mean(), "mse": mse, "rmse": math.sqrt(mse), "log_loss": log_loss.mean()}
-    return {name: float(value) for name, value in (found | {"nel_rows": nel, "auc_rows": auc}).items()}
+    # Pairs of a click and another row, both expected, and those of them ranked right.
+    pairs, right = clicks * others - p @ q, p @ (np.cumsum(q) - q)
+    if pairs > 0:
+        shifted = logit + np.log(others) - np.log(clicks)
+        sides = p @ np.logaddexp(0.0, -shifted) / clicks, q @ np.logaddexp(0.0, shifted) / others
+        found |= {"nel_rows": sum(sides) / 2, "auc_rows": right / pairs}
+    return {name: float(value) for name, value in found.items()}
 
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])

@@ -6,7 +6,9 @@ Two kinds of users. In an *open* world a part of p_u is the cluster's and the re
 
   - preference clusters, which no field tells unless asked to: only the support's ratings reveal them;
   - major and minor users. The minor ones are few, and have rare values in every field; the major ones have
-    frequent values, but for one field now and then. PAML's Lemma 1 says that one initialisation overlooks the few.
+    frequent values, but for one field now and then. The taste that the minor ones share is the farthest from the
+    others', and they share less of it: fields say that such a user is different, and only ratings say how. What
+    fits the many overlooks them (PAML's Lemma 1), and they have farther to go from any common start (Lemma 2).
 """
 
 import math
@@ -24,14 +26,18 @@ _USER_BIAS, _ITEM_BIAS, _AFFINITY = 0.35, 0.45, 0.65
 """Standard deviations of b_u, b_i and, in an open world, ⟨p_u, q_i⟩."""
 _TASTE = 0.8
 """Standard deviation of ⟨p_u, q_i⟩ in a planted world."""
-_OPEN, _PLAIN = 0.7, 0.9
-"""Share of the factors' variance that cluster and fields explain; of the items' in a planted world."""
+_OPEN = 0.7
+"""Share of the factors' variance that cluster and fields explain, in an open world."""
 _HONEST = 0.85
 """How often a user's segment and an item's category tell the true cluster, in an open world."""
 _REGIONS, _TAGS = 8, 12
+MOST_FACTORS = _TAGS
+"""Of a planted world: more would not differ from each other over the items."""
 _PROFILE = ("region", "job", "channel", "device")
 """User fields of a planted world, of _VALUES values each, of which PAML's rule calls _FREQUENT (30 %) major."""
 _VALUES, _FREQUENT = 10, 3
+_ALIKE = 0.25
+"""How much of their variance minor users' tastes share, over how much those of major users do."""
 _ODD = 0.3
 """Share of the major users who have a rare value in one field."""
 
@@ -74,7 +80,6 @@ def open_users(seed: int, n: int, clusters: int, factors: int) -> Users:
     region = choice(_REGIONS, seed, rows, purpose="synthetic region")
     p = _blend(
         factors,
-        _OPEN,
         _factors(seed, cluster, factors, "user cluster"),
         _factors(seed, region, factors, "region"),
         personal=_factors(seed, rows, factors, "user"),
@@ -92,7 +97,8 @@ def planted_users(
     Args:
         clusters: preference clusters; 0 for one taste, without the hidden column planted_cluster.
         told: how often the field segment tells the cluster; otherwise it says any.
-        personal: share of p_u's variance that is the user's own.
+        personal: share of p_u's variance that is the user's own, of major users; what minor ones share is _ALIKE
+            of what major ones do.
         minor: share of minor users, whose tastes are others; 0 without the hidden column planted_group.
     """
     rows = np.arange(n)
@@ -101,7 +107,8 @@ def planted_users(
     tastes = _tastes(seed, n_tastes(clusters, minor), factors)
     own = _factors(seed, rows, factors, "user") / math.sqrt(factors)
     taste = tastes[cluster + few * max(1, clusters)]
-    p = _TASTE * (math.sqrt(1 - personal) * taste + math.sqrt(personal) * own)
+    shared = np.where(few, _ALIKE, 1.0)[:, None] * (1 - personal)
+    p = _TASTE * (np.sqrt(shared) * taste + np.sqrt(1 - shared) * own)
     columns, hidden = {"user": rows}, {}
     if clusters:
         columns["segment"] = _told(seed, cluster, clusters, told, "preference")
@@ -120,10 +127,11 @@ def n_tastes(clusters: int, minor: float) -> int:
 
 
 def item_side(seed: int, n: int, clusters: int, factors: int, planted: bool) -> tuple[pl.DataFrame, Floats, Floats]:
-    """The items' table, b_i [n] and q_i [n, factors]; a tenth of the qualities is missing.
+    """The items' table, b_i [n] and q_i [n, factors].
 
-    In a planted world the category is always right and the factors are standardised over the items, mean 0 and
-    covariance 1, so that a taste matters equally in all directions.
+    In an open world fields tell a part, and a tenth of the qualities is missing. In a planted world they tell all,
+    so that what is left to find out is the user: b_i by the quality, q_i by the category's vector plus the mean of
+    the tags', with mean 0 and covariance 1 over the items, so that a taste matters equally in all directions.
     """
     rows = np.arange(n)
     cluster = choice(clusters, seed, rows, purpose="synthetic item cluster")
@@ -131,26 +139,23 @@ def item_side(seed: int, n: int, clusters: int, factors: int, planted: bool) -> 
     tags = np.argsort(draws, axis=1)[:, :3]
     counts = 1 + choice(3, seed, rows, purpose="synthetic number of tags")
     chosen = np.arange(3)[None, :] < counts[:, None]
-    of_tags = _factors(seed, np.arange(_TAGS), factors, "tag")[tags] * chosen[..., None]
-    q = _blend(
-        factors,
-        _PLAIN if planted else _OPEN,
-        _factors(seed, cluster, factors, "item cluster"),
-        of_tags.sum(1) / np.sqrt(counts)[:, None],
-        personal=_factors(seed, rows, factors, "item"),
-    )
-    bias = normal(seed, rows, purpose="synthetic item bias")
-    quality = 10 + 2 * (0.8 * bias + 0.6 * normal(seed, rows, purpose="synthetic quality"))
-    missing = uniform(seed, rows, purpose="synthetic quality missing") < 0.1
     listed = pl.DataFrame({"item": np.repeat(rows, counts), "tags": tags[chosen]})
-    table = pl.DataFrame(
-        {
-            "item": rows,
-            "category": cluster if planted else _told(seed, cluster, clusters, _HONEST, "category"),
-            "quality": np.where(missing, np.nan, quality),
-        }
-    ).join(listed.group_by("item", maintain_order=True).agg("tags"), on="item", how="left", maintain_order="left")
-    return table, _ITEM_BIAS * bias, _standardised(q) if planted else q
+    of_cluster = _factors(seed, cluster, factors, "item cluster")
+    of_tags = (_factors(seed, np.arange(_TAGS), factors, "tag")[tags] * chosen[..., None]).sum(1)
+    bias = normal(seed, rows, purpose="synthetic item bias")
+    if planted:
+        q = _standardised(of_cluster + of_tags / counts[:, None])
+        category, quality = cluster, 10 + 2 * bias
+    else:
+        personal = _factors(seed, rows, factors, "item")
+        q = _blend(factors, of_cluster, of_tags / np.sqrt(counts)[:, None], personal=personal)
+        category = _told(seed, cluster, clusters, _HONEST, "category")
+        quality = 10 + 2 * (0.8 * bias + 0.6 * normal(seed, rows, purpose="synthetic quality"))
+        quality[uniform(seed, rows, purpose="synthetic quality missing") < 0.1] = np.nan
+    table = pl.DataFrame({"item": rows, "category": category, "quality": quality}).join(
+        listed.group_by("item", maintain_order=True).agg("tags"), on="item", how="left", maintain_order="left"
+    )
+    return table, _ITEM_BIAS * bias, q
 
 
 def _user_bias(seed: int, rows: Ints) -> Floats:
@@ -161,11 +166,11 @@ def _factors(seed: int, rows: Ints, factors: int, purpose: str) -> Floats:
     return normal(seed, rows[:, None], np.arange(factors)[None, :], purpose=f"synthetic {purpose} factors")
 
 
-def _blend(factors: int, share: float, *shared: Floats, personal: Floats) -> Floats:
-    """Factors [n, factors]: the shared parts explain `share` of the variance; ⟨p, q⟩ has sd _AFFINITY."""
+def _blend(factors: int, *shared: Floats, personal: Floats) -> Floats:
+    """Factors [n, factors]: the shared parts explain _OPEN of the variance; ⟨p, q⟩ has sd _AFFINITY."""
     known = sum(shared) / math.sqrt(len(shared))
     scale = math.sqrt(_AFFINITY) / factors**0.25
-    return scale * (math.sqrt(share) * known + math.sqrt(1 - share) * personal)
+    return scale * (math.sqrt(_OPEN) * known + math.sqrt(1 - _OPEN) * personal)
 
 
 def _told(seed: int, cluster: Ints, clusters: int, honest: float, purpose: str) -> Ints:

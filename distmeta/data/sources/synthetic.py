@@ -18,6 +18,7 @@ from distmeta.data.sources import oracle
 from distmeta.data.sources.oracle import HIGH, LOW
 from distmeta.data.sources.planted import (
     ITEM_FIELDS,
+    MOST_FACTORS,
     Floats,
     Ints,
     Users,
@@ -54,7 +55,9 @@ class Recipe:
         0, "Plant N clusters of users by taste, to be known from ratings only; 0: open users.", least=0
     )
     told: float = option(0.0, "How often the field segment tells the preference cluster.", least=0, most=1)
-    personal: float = option(0.2, "Share of a planted taste's variance that is the user's own.", least=0, most=1)
+    personal: float = option(
+        0.2, "Share of a planted taste's variance that is the user's own, of major users.", least=0, most=1
+    )
     minor: float = option(0.0, "Share of minor users, with rare field values and tastes of their own.", least=0)
     clicks: bool = option(False, "Labels are clicks, 0 or 1, and not ratings.")
 
@@ -72,7 +75,10 @@ class Recipe:
             ("--per-user", not pair or not made.per_user[0] <= made.per_user[-1] <= made.items,
              f"LOW HIGH, 1 <= LOW <= HIGH <= {made.items} items"),
             ("--minor", not made.minor < 0.5, "below 0.5: minor users are the fewer"),
-            ("--factors", made.planted and made.factors < tastes, f"at least {tastes}, the number of tastes"),
+            ("--preference-clusters", made.planted and tastes > MOST_FACTORS,
+             f"fewer: {tastes} tastes are planted, and there is room for {MOST_FACTORS}"),
+            ("--factors", made.planted and not tastes <= made.factors <= MOST_FACTORS,
+             f"{tastes} (the number of tastes) to {MOST_FACTORS}"),
             ("--items", made.planted and made.items <= 2 * made.factors, "more than twice --factors"),
             ("--told", made.told != default.told and not made.preference_clusters,
              "left out without --preference-clusters, which it is about"),

@@ -73,7 +73,7 @@ import sys
 sys.modules["torch"] = sys.modules["ray"] = None  # importing either raises ImportError
 from distmeta import cli
 for argv in ([], ["--help"], ["train", "--help"], ["train", "melu", "--help"], ["train", "als", "-h"],
-             ["evaluate", "--help"], ["prepare", "--help"], ["benchmark", "--help"]):
+             ["evaluate", "--help"], ["prepare", "--help"], ["benchmark", "--help"], ["reproduce", "--help"]):
     try:
         status = cli.main(argv)
     except SystemExit as e:

@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
         more = {
             "seeds": args.seeds,
             "datasets": {name: _described(datasets.get(name), places.get(name)) for name in table.datasets},
-            "settings": " ".join([*args.set, *common]),
+            "settings": " ".join([*args.set, *(f"epochs={n}" for n in [args.epochs] if n)]),
         }
         _write(table, planned[table.name], places, datasets, out, more)
     return 0

@@ -134,6 +134,18 @@ class TrainOptions:
         " depends on this.",
         least=1,
     )
+    state_shards: int = option(
+        1,
+        "Servers that the state which all tasks share is spread over, by key; each finds what it holds, within its"
+        " part of the capacity.",
+        least=1,
+    )
+    staleness: int = option(
+        0,
+        "Steps before the last whose writes to the shared state a step may do without; 0: it sees all before it."
+        " Checkpoints and validation always wait for all.",
+        least=0,
+    )
     threads: int = option(
         0, "CPU threads of each worker; 0: the cores divided by the workers, 1 on a cluster.", least=0
     )

@@ -1,6 +1,11 @@
 """How workers put their numbers together: the seam between what is computed and how it is spread."""
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from distmeta.parallel.shared import Servers
 
 
 class Exchange:
@@ -8,6 +13,8 @@ class Exchange:
 
     rank: int = 0
     world: int = 1
+    servers: "Servers | None" = None
+    """Of what the tasks of all workers share; none: it is in this process."""
 
     def sum(self, flat: Tensor) -> Tensor:
         """Replace the 1-d tensor `flat` by its sum over all workers, in place, and return it."""

@@ -4,11 +4,12 @@ import sys
 import threading
 import types
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,8 +19,11 @@ from distmeta.data import protocols, tasktable
 from distmeta.data.schema import Dataset
 from distmeta.data.tasktable import TaskTable
 from distmeta.exchange import Exchange
+from distmeta.memory.base import Arrays, Memory
 from distmeta.methods import METHODS, Entry
 from distmeta.methods.base import Method
+from distmeta.parallel.shared import Servers
+from distmeta.parallel.state import Server
 from distmeta.storage import Location
 from distmeta.tasks import Bag, Rows, TaskBatch, TaskBlock
 
@@ -104,11 +108,79 @@ def register(monkeypatch: Any, base: type[Tiny] = Tiny) -> type[Tiny]:
     return fresh
 
 
+class Traces(Memory):
+    """A decaying mean of what was written under each key, and how often: another order or number of writes shows."""
+
+    def __init__(self) -> None:
+        self.kept: dict[int, tuple[float, int]] = {}
+
+    def read(self, request: Arrays) -> Arrays:
+        """{"key" [b]} -> {"value" [b], "count" [b]}; 0 for a key that is not here."""
+        found = [self.kept.get(key, (0.0, 0)) for key in request["key"].tolist()]
+        value, count = (np.array([f[i] for f in found], t) for i, t in enumerate((np.float64, np.int64)))
+        return {"value": value, "count": count}
+
+    def merge(self, writes: Sequence[Arrays]) -> None:
+        """Of {"task" [b], "key" [b], "value" [b]} each."""
+        rows = [zip(*(w[k].tolist() for k in ("task", "key", "value")), strict=True) for w in writes]
+        for _, key, value in sorted(row for each in rows for row in each):
+            mean, count = self.kept.get(key, (0.0, 0))
+            self.kept[key] = 0.7 * mean + 0.3 * value, count + 1
+
+    def snapshot(self) -> Arrays:
+        keys = np.array(sorted(self.kept), np.int64)
+        return {"key": keys, **self.read({"key": keys})}
+
+    def restore(self, snapshot: Arrays) -> None:
+        rows = zip(*(snapshot[k].tolist() for k in ("key", "value", "count")), strict=True)
+        self.kept = {key: (value, count) for key, value, count in rows}
+
+    def report(self) -> dict[str, Any]:
+        return {"keys": len(self.kept), "writes": sum(count for _, count in self.kept.values())}
+
+    def part(self, number: int, shards: int) -> "Traces":
+        return Traces()
+
+    def route(self, writes: Arrays, shards: int) -> list[Arrays]:
+        return [{k: v[writes["key"] % shards == s] for k, v in writes.items()} for s in range(shards)]
+
+    def combine(self, answers: Sequence[Arrays]) -> Arrays:
+        return {k: sum((a[k] for a in answers[1:]), answers[0][k]) for k in answers[0]}
+
+
+class Remembering(Tiny):
+    """Tiny whose predictions add what was remembered of a task's key; it remembers the loss' derivative by that."""
+
+    def __init__(self, options: Any, dataset: Dataset, items: dict[str, Bag]) -> None:
+        super().__init__(options, dataset, items)
+        self.noted: list[tuple[Tensor, Tensor]] = []
+
+    def memories(self) -> dict[str, Memory]:
+        return {"traces": Traces()}
+
+    def predict(self, state: list[Tensor], batch: TaskBatch) -> list[Tensor]:
+        scores = []
+        for score, block in zip(super().predict(state, batch), batch, strict=True):
+            found = self.shared["traces"].read({"key": (block.task % 11).numpy()})
+            recalled = torch.from_numpy(found["value"].copy()).to(score.dtype)
+            if torch.is_grad_enabled():
+                self.noted.append((block.task, recalled.requires_grad_()))
+            scores.append(score + recalled[:, None])
+        return scores
+
+    def write(self) -> None:
+        task = torch.cat([torch.zeros(0, dtype=torch.int64), *(t for t, _ in self.noted)])
+        grad = torch.cat([torch.zeros(0), *(r.grad for _, r in self.noted if r.grad is not None)])
+        self.noted.clear()
+        values = {"task": task, "key": task % 11, "value": 1.0 - grad.double()}
+        self.shared["traces"].write({k: v.numpy() for k, v in values.items()})
+
+
 class Meeting:
     """Where workers that are threads hand each other what they have."""
 
-    def __init__(self, world: int) -> None:
-        self.world, self.failed = world, False
+    def __init__(self, world: int, servers: Servers) -> None:
+        self.world, self.servers, self.failed = world, servers, False
         self.rounds: defaultdict[int, dict[int, Any]] = defaultdict(dict)
         self.changed = threading.Condition()
 
@@ -135,6 +207,7 @@ class Together(Exchange):
 
     def __init__(self, rank: int, meeting: Meeting) -> None:
         self.rank, self.world, self.meeting, self.number = rank, meeting.world, meeting, 0
+        self.servers = meeting.servers
 
     def sum(self, flat: Tensor) -> Tensor:
         return flat.copy_(torch.stack(self._all(flat.clone())).sum(0))
@@ -147,9 +220,13 @@ class Together(Exchange):
         return self.meeting.all(self.number, self.rank, mine)
 
 
-def together(world: int, work: Callable[[Exchange], Any]) -> list[Future[Any]]:
-    """work(exchange) done by `world` workers at once, in threads rank-0, …; one that fails lets no other wait."""
-    meeting = Meeting(world)
+def together(world: int, work: Callable[[Exchange], Any], servers: Servers | None = None) -> list[Future[Any]]:
+    """work(exchange) done by `world` workers at once, in threads rank-0, …; one that fails lets no other wait.
+
+    Args:
+        servers: of their shared state; one, where not given.
+    """
+    meeting = Meeting(world, servers or Servers([Server(60)]))
 
     def one(rank: int) -> Any:
         threading.current_thread().name = f"rank-{rank}"

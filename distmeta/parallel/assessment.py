@@ -37,6 +37,8 @@ def assess(
 ) -> Assessment:
     """Measure the best checkpoint of `run` and the floors. Every worker of `exchange` calls this.
 
+    Shared memories are only read: each worker has them to itself.
+
     Raises:
         UserError: there is no checkpoint, it is damaged, or of another split. RunError: a prediction is not finite.
     """
@@ -49,6 +51,7 @@ def assess(
     with numerics(config.train.threads, device):
         method = build_method(config, dataset, read_items(dataset_location, dataset), device)
         checkpoint.restore_params(run, best, method, config.method)
+        checkpoint.restore_state(run, best, method.shared)
         measured = evaluation.evaluate(method, table, dataset, e, memory)
         names = FLOORS[dataset.label.kind]
         floors = evaluation.floors(table, dataset, dataset_location, names, e, memory)

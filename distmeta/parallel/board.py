@@ -7,6 +7,7 @@ tell a slow worker from a hung one, and a sentence written for the user drowns i
 
 import contextlib
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from ray.train import UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distmeta.parallel.collective import TorchExchange
+from distmeta.parallel.state import StateError
 
 _BEAT = 1.0
 """Seconds between a worker's signs of life."""
@@ -75,10 +77,17 @@ class Board:
                     " the workers are restarted"
                 )
 
-    def lost(self, dead: list[int], left: list[int]) -> None:
-        """The group of workers is over: `dead` are gone, `left` could not go on without them."""
+    def lost(self, dead: list[int], left: list[int], state: str | None = None) -> None:
+        """The group of workers is over: `dead` are gone, `left` could not go on without them.
+
+        Args:
+            state: what a worker says about the shared state, where that is why it could not go on.
+        """
         if self.failure:  # they ended by themselves, and the user will read why
             return
+        if state and not dead:
+            self.say(f"{state}; the workers are restarted")
+            left = []
         places = {r: f"worker {r} ({w['place']})" for r, w in self.workers.items()}
         for rank in dead or left:
             self.say(f"{places.get(rank, f'worker {rank}')} {'died' if dead else 'lost the others'}")
@@ -134,8 +143,12 @@ class Deaths(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Name the workers that are gone; the others' broken exchanges only follow from that."""
-        left = [r for r, e in worker_exceptions.items() if "ExchangeBroken" in f"{type(e).__name__} {e}"]
-        self.board.lost.remote(sorted(worker_exceptions.keys() - left), sorted(left))
+        texts = {r: f"{type(e).__name__} {e}" for r, e in worker_exceptions.items()}
+        said = re.compile(rf"{StateError.__module__}\.\w+: (.*)")
+        state = {r: found for r, text in texts.items() if (found := said.search(text))}
+        left = [r for r, text in texts.items() if "ExchangeBroken" in text or r in state]
+        sentence = state[min(state)][1] if state else None
+        self.board.lost.remote(sorted(texts.keys() - left), sorted(left), sentence)
 
 
 class Watch:

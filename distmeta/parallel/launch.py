@@ -11,6 +11,8 @@ from distmeta.data.schema import Dataset
 from distmeta.data.tasktable import TaskTable
 from distmeta.errors import RunError, UserError
 from distmeta.evaluation.measured import Measured
+from distmeta.methods import method_class
+from distmeta.methods.base import Method
 from distmeta.parallel import cluster
 from distmeta.parallel.assessment import Assessment
 from distmeta.parallel.trainer import Outcome
@@ -66,7 +68,7 @@ def _fit(
     from ray.train.torch import TorchTrainer
 
     from distmeta.parallel import board as boards
-    from distmeta.parallel import delivery, worker
+    from distmeta.parallel import delivery, stateactor, worker
 
     try:
         dataset = Dataset.open(Location.of(config.data.data))
@@ -78,7 +80,11 @@ def _fit(
     board = boards.create(0.9 * config.train.exchange_timeout)
     watch = boards.Watch(board, log)
     error, found = None, None
+    servers: list[Any] = []
     try:
+        if learn and method_class(config.method).memories is not Method.memories:
+            o = config.train
+            servers = stateactor.create(run.name, o.state_shards, workers(config)[1], o.exchange_timeout)
         trainer = TorchTrainer(
             worker.run,
             train_loop_config={
@@ -87,6 +93,7 @@ def _fit(
                 "delivered": list(datasets),
                 "learn": learn,
                 "board": board,
+                "servers": servers,
             },
             datasets=datasets,
             dataset_config=delivery.ShardConfig({split: table.sizes(split) for split in datasets}),
@@ -100,7 +107,8 @@ def _fit(
         raise _ControllerLost(_line(e)) from e
     finally:
         failure = watch.close()
-        ray.kill(board)
+        for actor in (board, *servers):
+            ray.kill(actor)
     if failure:
         kind, sentence = failure
         raise (UserError if kind == "UserError" else RunError)(sentence)

@@ -84,7 +84,7 @@ def train(
     device = device_of(config.train)
     with numerics(config.train.threads, device):
         items = read_items(dataset_location, dataset)
-        method = build_method(config, dataset, items, device)
+        method = build_method(config, dataset, items, device, exchange)
         o = config.train
         shared: dict[str, Any] = {"seed": o.seed, "rank": exchange.rank, "world": exchange.world}
         shared["memory"] = o.memory_mb << 20

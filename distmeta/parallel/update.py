@@ -17,9 +17,9 @@ from distmeta.config import Config, TrainOptions
 from distmeta.data.schema import Dataset
 from distmeta.errors import UserError
 from distmeta.exchange import Exchange
-from distmeta.memory.base import Shared
 from distmeta.methods import method_class
 from distmeta.methods.base import Method
+from distmeta.parallel.shared import share
 from distmeta.tasks import Bag, Rows, TaskBatch, TaskBlock
 
 
@@ -76,12 +76,18 @@ _GENERATOR = threading.Lock()
 """torch's generator is the process's: workers that are threads would draw their initial parameters from each other."""
 
 
-def build_method(config: Config, dataset: Dataset, items: dict[str, Bag], device: torch.device) -> Method:
-    """The method with its initial parameters, which depend on --seed (and the shapes) alone."""
+def build_method(
+    config: Config, dataset: Dataset, items: dict[str, Bag], device: torch.device, exchange: Exchange | None = None
+) -> Method:
+    """The method with its initial parameters, which depend on --seed (and the shapes) alone.
+
+    Args:
+        exchange: of the workers that share its memories, who all call this; none: they are this process's own.
+    """
     with _GENERATOR, torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         method = method_class(config.method)(config.method_options, dataset, items)
-    method.shared = Shared.of(method.memories())
+    share(method, config.train, exchange or Exchange())
     return method.to(device)
 
 
@@ -179,6 +185,8 @@ class MetaUpdate:
         norm = torch.linalg.vector_norm(self.shared)
         loss, count, *rest = torch.cat([self.tail, torch.linalg.vector_norm(norms, dim=0), norm[None]]).tolist()
         if not (math.isfinite(loss) and all(map(math.isfinite, rest))):
+            for shared in self.method.shared.values():  # nothing more is written, and blame is found by reading
+                shared.pending = None
             raise NotFinite("gradient" if math.isfinite(loss) else "loss", self._culprits(batch))
         counts, norms, norm = rest[:n], rest[n:-1], rest[-1]
         if sum(counts) != count:
@@ -233,6 +241,11 @@ class MetaUpdate:
             for key in ("exp_avg", "exp_avg_sq"):
                 slots[f"{name}.{key}"] = state.get(key, torch.zeros_like(p))
         return slots
+
+    def reset(self, k: int) -> None:
+        """Have AdamW begin anew with the slices of group k: moments and count of steps 0."""
+        for leaf, _ in self.groups[k]:
+            self.optimizer.state.pop(leaf, None)
 
     def set_moments(self, moments: dict[str, Tensor]) -> None:
         """Take up the state that `moments` gave: the same names, shapes and types."""

@@ -19,6 +19,8 @@ from distmeta.parallel.assessment import assess
 from distmeta.parallel.board import Pulse
 from distmeta.parallel.collective import ExchangeBroken, TorchExchange
 from distmeta.parallel.delivery import DeliveredTable
+from distmeta.parallel.state import StateError
+from distmeta.parallel.stateactor import RayServers
 from distmeta.storage import Location
 
 
@@ -27,7 +29,8 @@ def run(settings: dict[str, Any]) -> dict[str, Any] | None:
 
     Args:
         settings: `config` (the plain mapping of a Config), `table` (where the task table lies), `delivered` (its
-            splits that Ray Train hands out), `learn` (whether to train), `board`.
+            splits that Ray Train hands out), `learn` (whether to train), `board`, `servers` (of the shared state,
+            by shard; none where the method has none).
 
     Returns:
         Of rank 0: `outcome` (an Outcome as a mapping, None where nothing was to be learned) and the Assessment:
@@ -35,7 +38,8 @@ def run(settings: dict[str, Any]) -> dict[str, Any] | None:
         worker has left the sentence on the board.
 
     Raises:
-        ExchangeBroken: another worker was lost; Ray Train starts a new group of workers, as for any error.
+        ExchangeBroken, StateError: another worker or the shared state was lost; Ray Train starts a new group of
+            workers, as for any error.
     """
     board = settings["board"]
     if ray.get(board.failed.remote()):
@@ -46,8 +50,8 @@ def run(settings: dict[str, Any]) -> dict[str, Any] | None:
     pulse = Pulse(board, exchange)
     try:
         return _work(settings, exchange, lambda line: board.say.remote(line))
-    except (ExchangeBroken, RayError, OSError):  # what is lost may be back when the next group of workers starts
-        raise
+    except (ExchangeBroken, StateError, RayError, OSError):
+        raise  # what is lost may be back when the next group of workers starts
     except Exception as e:
         kind = "UserError" if isinstance(e, UserError) else "RunError"
         known = isinstance(e, UserError | RunError)
@@ -70,6 +74,8 @@ def _work(settings: dict[str, Any], exchange: TorchExchange, log: Any) -> dict[s
     table = TaskTable.open(Location.of(settings["table"]))
     table = DeliveredTable(**vars(table), delivered=frozenset(settings["delivered"]))
     dataset, outcome = Dataset.open(place), None
+    if settings["servers"]:
+        exchange.servers = RayServers(settings["servers"], exchange, config.train.exchange_timeout)
     if settings["learn"]:
         fence = Fence(run, exchange) if exchange.rank == 0 else None
         outcome = asdict(trainer.train(config, run, dataset, place, table, exchange, log, fence=fence))

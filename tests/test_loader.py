@@ -16,7 +16,7 @@ import torch
 from unpacking import drawn, stored, unpacked
 
 from distmeta.data import tasktable
-from distmeta.data.collate import BLOCK_LEAST, BLOCK_MOST, Collator, block_bounds
+from distmeta.data.collate import BLOCK_LEAST, BLOCK_MOST, BLOCK_WORTH, Collator, block_bounds
 from distmeta.data.loader import Loader, read_items
 from distmeta.data.schema import Dataset
 from distmeta.data.taskmaker import FIXED
@@ -163,7 +163,7 @@ def test_user_and_item_fields_become_bags(data: Location, table: TaskTable, data
 
 
 def test_blocks_keep_their_bounds() -> None:
-    """Sorted lengths of many kinds: blocks cover all tasks, 32 to 128 each where there are 32, and pad little."""
+    """Sorted lengths of many kinds: blocks cover all tasks and pad little; 32 to 128 each, but for very long tasks."""
     for n in (1, 5, 31, 32, 33, 64, 129, 150, 256, 1000):
         for purpose, most in (("short", 6), ("long", 400), ("equal", 1)):
             length = np.sort(3 + (hashed(np.arange(n), purpose=purpose) % np.uint64(most)).astype(np.int64))
@@ -171,8 +171,10 @@ def test_blocks_keep_their_bounds() -> None:
             assert [0, *(b for _, b in bounds)] == [*(a for a, _ in bounds), n]
             sizes = [b - a for a, b in bounds]
             assert max(sizes) <= BLOCK_MOST
-            assert min(sizes) >= min(n, BLOCK_LEAST)
+            assert purpose == "long" or min(sizes) >= min(n, BLOCK_LEAST)
             for a, b in bounds:
+                half = (b - a) // 2
+                assert half * (length[b - 1] - length[a + max(half, 1) - 1]) < BLOCK_WORTH
                 if b - a >= 2 * BLOCK_LEAST:  # not forced to its size by the least one
                     assert length[b - BLOCK_LEAST] <= 1.25 * length[a] + 4
     assert block_bounds(np.zeros(0, np.int64)) == []

@@ -27,6 +27,8 @@ BLOCK_MOST = 128
 """Tasks that a block holds at most: 128 tasks of 100 rows of 64 floats are 3 MB, a core's share of cache."""
 BLOCK_STRETCH, BLOCK_SLACK = 1.25, 4
 """A block's longest task may have 1.25 times its shortest's rows plus 4; beyond that, padding costs more."""
+BLOCK_WORTH = 1200
+"""Padded rows for whose sake a block is halved, BLOCK_LEAST or not: they cost more than another block's calls."""
 
 
 def block_bounds(length: Ints) -> list[tuple[int, int]]:
@@ -34,6 +36,7 @@ def block_bounds(length: Ints) -> list[tuple[int, int]]:
 
     A block ends before a task longer than its shortest allows, within BLOCK_LEAST and BLOCK_MOST tasks. A
     rest smaller than BLOCK_LEAST joins the block before it where BLOCK_MOST allows, else the two share evenly.
+    A block of which that leaves much to padding is halved.
     """
     bounds, start, n = [], 0, len(length)
     while start < n:
@@ -42,9 +45,17 @@ def block_bounds(length: Ints) -> list[tuple[int, int]]:
         end = min(max(end, start + BLOCK_LEAST), start + BLOCK_MOST, n)
         if 0 < n - end < BLOCK_LEAST:
             end = n if n - start <= BLOCK_MOST else start + (n - start + 1) // 2
-        bounds.append((start, end))
+        bounds += _halved(length, start, end)
         start = end
     return bounds
+
+
+def _halved(length: Ints, start: int, end: int) -> list[tuple[int, int]]:
+    """[start, end), cut in two as long as that saves BLOCK_WORTH padded rows."""
+    middle = (start + end) // 2
+    if (middle - start) * (length[end - 1] - length[max(middle, 1) - 1]) < BLOCK_WORTH:
+        return [(start, end)]
+    return _halved(length, start, middle) + _halved(length, middle, end)
 
 
 @dataclass(frozen=True)

@@ -24,33 +24,51 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
         prog="benchmark methods",
         description="Trains each method for some epochs with the real loop (prefetch, meta-update, validation,"
         " checkpoints) and gives the median users a second of the epochs after the first, validation and checkpoints"
-        " left out, and the share of that time spent waiting for input.",
+        " left out, and the share of that time spent waiting for input. With --rounds the methods take turns, and each"
+        " is compared with the first of them by the median of the rounds' ratios.",
     )
     add_flags(parser, DataOptions, "data")
     group = parser.add_argument_group("measurement")
     group.add_argument("--methods", nargs="+", default=["melu", "metacs"], metavar="METHOD", help="[melu metacs]")
     group.add_argument("--steps", type=int, nargs="+", default=[1, 5], metavar="K", help="inner steps [1 5]")
     group.add_argument("--epochs", type=int, default=4, metavar="N", help="epochs of each, at least 2 [4]")
+    group.add_argument("--rounds", type=int, default=1, metavar="N", help="turns of each method [1]")
     group.add_argument("--batch-size", type=int, default=64, metavar="N", help="tasks a meta-update [64]")
     group.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads [1]")
     args = vars(parser.parse(argv))
-    if args["epochs"] < 2 or args["threads"] < 1 or args["batch_size"] < 1:
-        raise UserError("benchmark methods: --epochs must be at least 2, --threads and --batch-size at least 1")
+    if args["epochs"] < 2 or min(args[k] for k in ("threads", "batch_size", "rounds")) < 1:
+        raise UserError(
+            "benchmark methods: --epochs must be at least 2, --threads, --batch-size and --rounds at least 1"
+        )
     if not args.get("data"):
         raise UserError("benchmark methods: give --data DATASET, made by `python -m jobs.prepare`")
     names = {f.name for f in dataclasses.fields(DataOptions)}
     data = build(DataOptions, {k: v for k, v in args.items() if k in names}, "benchmark methods", flags=True)
-    rows = []
     for method in args["methods"]:
         if not hasattr(entry(method).options, "steps"):
             learned = " ".join(m for m, e in METHODS.items() if hasattr(e.options, "steps"))
             raise UserError(f"benchmark methods: {method} has no inner steps; methods that have: {learned}")
-        for steps in args["steps"]:
-            flags = {"steps": steps, "patience": 0, **{k: args[k] for k in ("epochs", "batch_size", "threads")}}
-            rows.append(_measure(dataclasses.replace(load(None, method, flags), data=data)))
-            r = rows[-1]
-            print(f"{r['case']:<40} {r['variant']:<8} {r['value']:>8,.0f} {r['unit']}  input {r['input_share']:.1%}")
+    rows = []
+    for steps in args["steps"]:
+        flags = {"steps": steps, "patience": 0, **{k: args[k] for k in ("epochs", "batch_size", "threads")}}
+        configs = [dataclasses.replace(load(None, method, flags), data=data) for method in args["methods"]]
+        rounds = [[_measure(config) for config in configs] for _ in range(args["rounds"])]
+        rows += [_show(_median(turns, [r[0] for r in rounds])) for turns in zip(*rounds, strict=True)]
     return rows
+
+
+def _median(turns: Sequence[dict[str, Any]], first: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One row of a method's rounds, beside the first method's."""
+    middle = {k: statistics.median(turn[k] for turn in turns) for k in ("value", "input_share")}
+    ratio = statistics.median(mine["value"] / other["value"] for mine, other in zip(turns, first, strict=True))
+    others = {} if turns[0]["variant"] == first[0]["variant"] else {first[0]["variant"]: ratio}
+    return {**turns[0], **middle, "ratio_to": others}
+
+
+def _show(r: dict[str, Any]) -> dict[str, Any]:
+    ratio = "".join(f"  {value:.2f} of {other}" for other, value in r["ratio_to"].items())
+    print(f"{r['case']:<40} {r['variant']:<8} {r['value']:>8,.0f} {r['unit']}  input {r['input_share']:.1%}{ratio}")
+    return r
 
 
 def _measure(config: Config) -> dict[str, Any]:

@@ -182,11 +182,15 @@ def test_click_errors_over_all_rows_agree_with_simulation() -> None:
     assert np.mean(drawn["nel_rows"]) < np.mean([nel(p, label) for label in labels])
 
 
-def test_click_errors_of_rows_of_one_kind_leave_out_what_is_not_defined() -> None:
+def test_click_errors_of_a_few_rows_are_exact_and_leave_out_what_is_not_defined() -> None:
     assert oracle.click_bayes(np.array([3.0]), 0.4).keys() == {"mae", "mse", "rmse", "log_loss"}
     sure = oracle.click_bayes(np.array([1.0, 2.0]), 1e-9)
     assert sure == {"mae": 0.0, "mse": 0.0, "rmse": 0.0, "log_loss": 0.0}
     assert oracle.click_bayes(np.array([1.0, 5.0]), 1e-9) == sure | {"nel_rows": 0.0, "auc_rows": 1.0}
+    p = oracle.probability(oracle.click_logit(np.array([4.1, 3.0, 3.9, 3.7]), 0.5))
+    pairs = np.outer(p, 1 - p) * (1 - np.eye(4))  # of a click and another row
+    found = oracle.click_bayes(np.array([4.1, 3.0, 3.9, 3.7]), 0.5)["auc_rows"]
+    assert found == pytest.approx((pairs * (p[:, None] > p)).sum() / pairs.sum())
 
 
 def test_clicks_are_the_noisy_score_over_a_threshold() -> None:

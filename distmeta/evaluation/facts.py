@@ -62,6 +62,7 @@ def _quantity(tasks: pl.DataFrame, column: str) -> dict[str, Any]:
 def _clusters(tasks: pl.DataFrame, table: TaskTable, dataset: Dataset, place: Location) -> dict[str, Any]:
     tasks = tasks.select("task", pl.col(FACT + CLUSTER).cast(pl.Int64).alias(CLUSTER))
     wanted = [f for f in dataset.user_fields if f.type == "categorical" and (f.size <= MOST_VALUES or f.name == TRUTH)]
+    wanted.sort(key=lambda f: f.name != TRUTH)
     sizes = np.bincount(tasks[CLUSTER].to_numpy())
     fields = {}
     if wanted:

@@ -21,7 +21,9 @@ def figures(facts: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> I
             yield _quantity(name, found)
     sizes = groupcharts.clusters(metrics)
     if sizes:
-        caption = "How the training tasks are spread over the clusters, and what share changed since the epoch before."
+        caption = (
+            "How the training tasks are spread over the clusters, and what share changed since they were last assigned."
+        )
         yield sizes, "Clusters", caption
     for i, (field, found) in enumerate(facts.get(CLUSTER, {}).get("fields", {}).items()):
         title = "Clusters and the truth" if field == TRUTH else f"Clusters and {escape(field)}"
@@ -37,7 +39,7 @@ def figures(facts: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> I
         yield (
             aged,
             "Neighbours’ ages",
-            f"How long ago the neighbours were stored that the searches returned. {_end(told)}",
+            f"For how long the neighbours that searches returned had not been used, or stored, before. {_end(told)}",
         )
 
 

@@ -92,9 +92,10 @@ def assignment(field: str, values: Sequence[str], shares: Sequence[Sequence[floa
 
 
 def ages(metrics: Sequence[Mapping[str, Any]]) -> str | None:
-    """How old the neighbours were that searches returned, by epoch; None where no epoch tells it.
+    """How long unused the neighbours were that searches returned, by epoch; None where no epoch tells it.
 
-    Each epoch's "index" holds "age": counts in bins 0, 1, 2–3, 4–7, … of meta-updates since a node's last store.
+    Each epoch's "index" holds "age": counts in bins 0, 1, 2–3, 4–7, … of meta-updates since a node was last used or
+    stored.
     """
     told = [(m["epoch"], m["index"]["age"]) for m in metrics if sum((m.get("index") or {}).get("age") or []) > 0]
     if not told:

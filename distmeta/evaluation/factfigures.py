@@ -29,8 +29,8 @@ def figures(facts: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> I
     for i, (field, found) in enumerate(facts.get(CLUSTER, {}).get("fields", {}).items()):
         title = "Clusters and the truth" if field == TRUTH else f"Clusters and {escape(field)}"
         caption = (
-            f"Test tasks; adjusted Rand index {signed(found['ari'], 3).lstrip('+')} (1: the same groups, 0: as by chance)."
-            " Each column adds up to 100 %."
+            f"Test tasks; adjusted Rand index {signed(found['ari'], 3).lstrip('+')} (1: the same groups, 0: as by"
+            " chance). Each column adds up to 100 %."
         )
         yield groupcharts.assignment(field, found["values"], found["shares"], f"assignment {i}"), title, caption
     aged = groupcharts.ages(metrics)

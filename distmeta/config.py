@@ -136,8 +136,8 @@ class TrainOptions:
     )
     state_shards: int = option(
         1,
-        "Servers that the state which all tasks share is spread over, by key; each finds what it holds, within its"
-        " part of the capacity.",
+        "Servers that the state which all tasks share is spread over, by key. Each has its part of the capacity, which"
+        " may change what is learned.",
         least=1,
     )
     staleness: int = option(
@@ -239,8 +239,8 @@ def to_yaml(config: Config) -> str:
 def fixed(config: Config) -> dict[str, Any]:
     """What determines a run's parameters, as `section.key` -> value: what `--resume` may not change.
 
-    Free are where things lie (the split's hash vouches for the data), how the work is spread, when to stop,
-    and how often to checkpoint. --epochs is free only where the step size does not depend on it
+    Free are where things lie (the split's hash vouches for the data), how the work (not the shared state) is spread,
+    when to stop, and how often to checkpoint. --epochs is free only where the step size does not depend on it
     (--lr-decay 1).
     """
     values: dict[str, Any] = {"method": config.method}

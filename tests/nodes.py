@@ -53,13 +53,20 @@ class Nodes:
 
     def workers(self) -> list[int]:
         """Processes of the Ray Train workers of this cluster, oldest first."""
+        return self._processes(b"ray::RayTrainWorker")
+
+    def servers(self) -> list[int]:
+        """Processes of the shared state's servers, oldest first."""
+        return self._processes(b"ray::StateServer")
+
+    def _processes(self, title: bytes) -> list[int]:
         nodes = [self.cluster.head_node, *self.others]
         raylets = {str(n.all_processes["raylet"][0].process.pid) for n in nodes}
         found = []
         for stat in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):
                 ours = stat.read_text().rpartition(")")[2].split()[1] in raylets
-                if ours and (stat.parent / "cmdline").read_bytes().startswith(b"ray::RayTrainWorker"):
+                if ours and (stat.parent / "cmdline").read_bytes().startswith(title):
                     found.append(int(stat.parent.name))
         return sorted(found)
 

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from distmeta import config as config_module
+from distmeta.data.loader import Loader
 from distmeta.data.schema import Dataset, Field, Label
 from distmeta.errors import UserError
 from distmeta.exchange import Exchange
 from distmeta.parallel import checkpoint, trainer
 from distmeta.parallel.update import MetaUpdate, NotFinite
+from distmeta.parallel.validation import read_metrics
 from distmeta.storage import Location
 from distmeta.tasks import TaskBatch
 
@@ -280,3 +282,52 @@ def test_a_checkpoint_with_another_number_of_groups_is_refused(tmp_path, small, 
     tiny.register(monkeypatch, tiny.Grouped)
     with pytest.raises(UserError, match=r"step-\d+: has no tensor own; .*start a new run"):
         run_of(tmp_path, small)
+
+
+def test_a_group_that_begins_anew_has_no_moments():
+    """Its slices then move as with an optimizer that has seen nothing; all others go on."""
+    o = options(lr=0.1)
+    update, other = (MetaUpdate(fresh(), o, Exchange(), steps=9) for _ in range(2))
+    for n, groups in enumerate([[0, 1, 2], [1, 2]]):
+        for u in (update, other):
+            step(u, batch(groups, n), n)
+    before = state(update)
+    update.reset(1)
+    for name, value in update.moments().items():
+        if name.split(".")[1] == "1" and name.startswith(("own", "shift")):
+            assert not value.any(), name
+        else:
+            assert torch.equal(value, before[name]), name
+    for u in (update, other):
+        step(u, batch([0, 1], 5), 2)
+    now, gone_on = state(update), state(other)
+    for name in ("own.1", "shift.1"):  # Adam's first step is by the gradient's sign
+        moved = (now[name] - before[name]).abs()
+        assert ((moved - o.lr).abs() < 1e-6).logical_or(moved == 0).all(), name
+        assert moved.any(), name
+        assert not torch.equal(now[name], gone_on[name]), name
+    for name in ("own.0", "shift.2", "weight"):
+        assert torch.equal(now[name], gone_on[name]), name
+
+
+def test_an_epochs_line_counts_the_tasks_of_each_group(tmp_path, small, monkeypatch):
+    """Also where it was stopped within the epoch and gone on with."""
+    tiny.register(monkeypatch, tiny.Grouped)
+    run_of(tmp_path / "whole", small, world=2)
+    apply = MetaUpdate.apply
+
+    def stopping(self: MetaUpdate, given: TaskBatch, n: int) -> tuple[float, float]:
+        if n == 6:
+            raise Stop
+        return apply(self, given, n)
+
+    with monkeypatch.context() as m:
+        m.setattr(MetaUpdate, "apply", stopping)
+        with pytest.raises(Stop):
+            run_of(tmp_path / "parts", small)
+    run_of(tmp_path / "parts", small)
+    _, dataset, table = tiny.setting(small, "tiny")
+    tasks = torch.from_numpy(Loader(table, dataset, "train", 16).tasks()["task"].to_numpy().copy())
+    wanted = torch.bincount(tiny.Grouped.group(tasks), minlength=3).tolist()
+    for name in ("whole", "parts"):
+        assert [row["groups"] for row in read_metrics(Location.of(tmp_path / name))] == [wanted, wanted]

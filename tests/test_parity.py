@@ -27,7 +27,7 @@ LEARNED = [name for name in METHODS if not issubclass(method_class(name), Closed
 def learned(place: Location, name: str, dtype: torch.dtype, steps: int, exchange: Exchange) -> dict[str, Tensor]:
     """The parameters after `steps` meta-updates of batches of 24 tasks."""
     config, dataset, table = tiny.setting(place, name, batch_size=24)
-    method = build_method(config, dataset, read_items(place, dataset), torch.device("cpu")).to(dtype)
+    method = build_method(config, dataset, read_items(place, dataset), torch.device("cpu"), exchange).to(dtype)
     tasks = Loader(table, dataset, "train", 24, rank=exchange.rank, world=exchange.world)
     update = MetaUpdate(method, config.train, exchange, tasks.steps)
     for step, batch in zip(range(steps), tasks.epoch(0), strict=False):

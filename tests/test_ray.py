@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from nodes import Nodes, command
 from distmeta import cli
 from distmeta.data import taskmaker
 from distmeta.methods import METHODS, method_class
+from distmeta.methods.base import Method
 from distmeta.methods.closedform import ClosedForm
 from distmeta.parallel import trainer
 from distmeta.storage import Location
@@ -41,6 +43,9 @@ LONG = {
     "bias": ["--passes", "300"],
 }
 """What makes training on the small dataset last for seconds, so that there is something to kill."""
+
+SHARING = [name for name in METHODS if method_class(name).memories is not Method.memories]
+"""Methods whose tasks share a state."""
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +111,34 @@ def test_killed_worker(tmp_path, small, nodes, capfd, method):
     assert [r["epoch"] for r in lines(tmp_path / "run")] == [r["epoch"] for r in lines(tmp_path / "plain")]
     if not closed:
         assert " died" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("method", SHARING)
+def test_killed_server(tmp_path, small, nodes, capfd, method):
+    """Invariant 4: the server of the shared state is killed mid-run; the run ends in the bits of an undisturbed one."""
+    flags = LONG.get(method, [])
+    with command(*argv(tmp_path / "run", small, method, *flags)) as run:
+        run.wait(lambda: len(lines(tmp_path / "run")) > 3)
+        (server,) = nodes.servers()
+        os.kill(server, signal.SIGKILL)
+    assert run.status == 0
+    assert "state-00000.safetensors" in final(tmp_path / "run")
+    assert final(tmp_path / "run") == undisturbed(tmp_path / "plain", small, method, *flags)
+    out = capfd.readouterr().out
+    assert re.search(
+        r"the shared state \w+ was lost: its server \(shard 0, process \d+ on .*the workers are restarted", out
+    )
+    assert not nodes.servers(), "the server outlived its run"
+
+
+@pytest.mark.parametrize("method", SHARING[:1])
+def test_killed_server_with_no_failure_left(tmp_path, small, nodes, capfd, method):
+    with command(*argv(tmp_path / "run", small, method, *LONG.get(method, []), "--max-failures", "0")) as run:
+        run.wait(lambda: len(lines(tmp_path / "run")) > 1)
+        os.kill(nodes.servers()[0], signal.SIGKILL)
+    assert run.status == 1
+    (said,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert re.search(r"--max-failures 0 times, last worker \d: .*the shared state \w+ was lost: its server", said)
 
 
 def test_killed_node(tmp_path, small, nodes, capfd):

@@ -280,10 +280,10 @@ def in_float64(monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("remembering", "in_float64")
-@pytest.mark.parametrize("flags", [{}, {"staleness": 2}, {"state_shards": 2, "staleness": 1}], ids=str)
-def test_any_number_of_workers_trains_the_same(tmp_path, small, flags):
+@pytest.mark.parametrize("more", [{}, {"staleness": 2}, {"state_shards": 2, "staleness": 1}], ids=str)
+def test_any_number_of_workers_trains_the_same(tmp_path, small, more):
     """Invariant 2, float64 1e-9: without a server, by 1, 2, 3 and 5 workers, of whom some have no task at times."""
-    flags: dict[str, Any] = {"epochs": 2, "batch_size": 6, **flags}
+    flags: dict[str, Any] = {"epochs": 2, "batch_size": 6, **more}
     alone = run_of(tmp_path / "0", small, 0, **flags)
     assert alone.steps > 20
     wanted = last(tmp_path / "0")

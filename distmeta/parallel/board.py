@@ -7,7 +7,6 @@ tell a slow worker from a hung one, and a sentence written for the user drowns i
 
 import contextlib
 import os
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -143,12 +142,11 @@ class Deaths(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Name the workers that are gone; the others' broken exchanges only follow from that."""
-        texts = {r: f"{type(e).__name__} {e}" for r, e in worker_exceptions.items()}
-        said = re.compile(rf"{StateError.__module__}\.\w+: (.*)")
-        state = {r: found for r, text in texts.items() if (found := said.search(text))}
-        left = [r for r, text in texts.items() if "ExchangeBroken" in text or r in state]
-        sentence = state[min(state)][1] if state else None
-        self.board.lost.remote(sorted(texts.keys() - left), sorted(left), sentence)
+        state = {r: str(e) for r, e in worker_exceptions.items() if isinstance(e, StateError)}
+        broken = {r for r, e in worker_exceptions.items() if "ExchangeBroken" in f"{type(e).__name__} {e}"}
+        left = broken | state.keys()
+        sentence = state[min(state)] if state else None
+        self.board.lost.remote(sorted(worker_exceptions.keys() - left), sorted(left), sentence)
 
 
 class Watch:

@@ -33,6 +33,9 @@ _SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # 2 s by default, of which a failure waits for one
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START_S),
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    # on a cluster of our own: a step's arrays to and from the shared state go with the call, in half the time that the
+    # detour through the object store takes, which is the way above 100 kB by default
+    "RAY_max_direct_call_object_size": str(1 << 20),
 }
 
 

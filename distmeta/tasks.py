@@ -62,6 +62,10 @@ class Rows(_Movable):
     mask: Tensor
     """bool [b, R]: true on real rows."""
 
+    def take(self, rows: Tensor) -> "Rows":
+        """Those of the tasks at `rows` (int64 [k]), in that order."""
+        return Rows(self.item[rows], self.label[rows], self.mask[rows])
+
 
 @dataclass(frozen=True)
 class TaskBlock(_Movable):
@@ -73,6 +77,11 @@ class TaskBlock(_Movable):
     """The user's fields: Bags of b users."""
     support: Rows
     query: Rows
+
+    def take(self, rows: Tensor) -> "TaskBlock":
+        """The tasks at `rows` (int64 [k]), in that order."""
+        user = {name: bag.take(rows) for name, bag in self.user.items()}
+        return TaskBlock(self.task[rows], user, self.support.take(rows), self.query.take(rows))
 
     def rows(self) -> Rows:
         """Support and query rows side by side, [b, S + Q]: padding stands after each."""

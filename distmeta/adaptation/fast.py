@@ -260,6 +260,16 @@ class FastWeights:
             return self.linear[layer].state()
         return chain.State(chain.Shared, (layer.weight, layer.bias))
 
+    def moved(self, layer: Linear) -> tuple[Tensor, Tensor]:
+        """W' − W [d, h] and b' − b [h] of a dense layer that has taken a step, summed over the tasks."""
+        kind, tensors, numbers = self.state(layer)
+        if kind is chain.Private:
+            weight, bias = tensors
+            return weight.sum(0) - len(weight) * layer.weight, bias.sum((0, 1)) - len(bias) * layer.bias
+        _, _, x, delta, *rate = tensors
+        scaled = (delta * -(rate[0] if rate else numbers[0])).flatten(0, 1)
+        return x.flatten(0, 1).t() @ scaled, scaled.sum(0)
+
     def step(self, records: Mapping[Map, list[tuple[Features | Bag, Tensor]]]) -> None:
         """One inner step of every adapted map, from (input, δ) of all its places of use.
 

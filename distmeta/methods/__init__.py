@@ -30,6 +30,7 @@ METHODS: dict[str, Entry] = {
     "melu": Entry("melu", "MeLU", options.MeLU, GRADIENT),
     "metacs": Entry("metacs", "MetaCS", options.MetaCS, GRADIENT),
     "metasgd": Entry("metasgd", "MetaSGD", options.MetaSGD, GRADIENT),
+    "hml": Entry("hml", "HML", options.HML, GRADIENT),
     "transfer": Entry("transfer", "Transfer", options.Transfer, GRADIENT),
     "constant": Entry("constant", "Constant", options.Constant),
     "itemmean": Entry("itemmean", "ItemMean", options.ItemMean),

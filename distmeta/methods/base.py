@@ -43,6 +43,8 @@ class Method(nn.Module, ABC):
     """0: learned by gradient. Otherwise the number of statistics/solve passes."""
     groups: int = 1
     """Number of gradient groups (clusters of tasks)."""
+    summed: bool = False
+    """Whether a group's set takes the sum over its tasks and not their mean."""
 
     def __init__(self, options: Any, dataset: Dataset, items: dict[str, Bag]) -> None:
         super().__init__()

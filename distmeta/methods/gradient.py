@@ -101,23 +101,29 @@ class GradientMethod(Method):
         )
 
     def fast_weights(
-        self, block: TaskBlock, encoded: Encoded, rates: Mapping[Map, Rate], norm: list[Tensor] | None = None
+        self,
+        block: TaskBlock,
+        encoded: Encoded,
+        rates: Mapping[Map, Rate],
+        norm: list[Tensor] | None = None,
+        steps: int | None = None,
     ) -> FastWeights:
         """The block's tasks after the inner loop; looks at user fields and support rows only.
 
         Args:
             rates: step size of each adapted map.
+            steps: inner steps; None: as many as the options say.
             norm: as `adaptation.inner.adapt` takes it.
         """
-        first_order = self.options.first_order
+        first_order, steps = self.options.first_order, self.options.steps if steps is None else steps
         users, items = encoded.support(block, detach=first_order)
         return adapt(
             lambda tape: self(tape, users, items),
             block.support,
             rates,
-            steps=self.options.steps,
+            steps=steps,
             first_order=first_order,
-            plan=Plan(self.options.steps, block.query.item.shape[1], self.options.form),
+            plan=Plan(steps, block.query.item.shape[1], self.options.form),
             delta=self.head.delta,
             norm=norm,
         )

@@ -97,8 +97,15 @@ class HML(Gradient):
     own: str = option(
         "decision", "What each has of its own: the decision layers, or all layers and embeddings.", ("decision", "all")
     )
+    htc_steps: int = option(1, "Inner steps before the initialisations are compared on a task.", least=0)
     draws: int = option(5, "Splits of a new task's support by which its initialisation is chosen.", least=1)
-    warm_epochs: int = option(5, "Epochs of one common solution, which the K then start from.", least=0)
+    sum_clusters: bool = option(False, "An initialisation learns from its tasks' sum, as printed, not from their mean.")
+    warm_epochs: int = option(3, "Epochs of one common solution, which all start from; 0: K random ones.", least=0)
+    survey_epochs: int = option(1, "Assign all training tasks anew after every N epochs.", least=1)
+    until_settled: bool = option(True, "End when less than 0.5 % of them changed initialisation, twice in succession.")
+    dead_share: float = option(
+        0.1, "An initialisation with less than this part of an equal share of the tasks is made anew.", least=0, most=1
+    )
 
 
 @dataclass(frozen=True)

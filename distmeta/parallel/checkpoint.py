@@ -43,6 +43,10 @@ _FIELDS = {
 }
 
 
+TRAINING = frozenset({"clusters"})
+"""States that only training takes up again; for evaluation the parameters and the shared memories are enough."""
+
+
 class Stateful(Protocol):
     """What a checkpoint carries besides parameters and moments: a shared memory, say."""
 
@@ -255,6 +259,8 @@ def restore_state(run: Location, checkpoint: Checkpoint, stateful: Mapping[str, 
     """
     has = "state-00000.safetensors" in checkpoint.files
     arrays = {k: v.numpy() for k, v in load(run, checkpoint, "state").items()} if has or stateful else {}
+    skipped = TRAINING - stateful.keys()
+    arrays = {k: v for k, v in arrays.items() if k.partition(".")[0] not in skipped}
     wanted = state_of(stateful)
     for key in sorted(arrays.keys() | wanted.keys()):
         have, want = arrays.get(key), wanted.get(key)

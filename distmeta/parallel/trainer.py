@@ -28,6 +28,7 @@ from distmeta.methods.base import Method, fit_closed_form
 from distmeta.parallel import checkpoint as checkpoints
 from distmeta.parallel import standing
 from distmeta.parallel.checkpoint import Stateful
+from distmeta.parallel.clusters import survey_of
 from distmeta.parallel.keeping import Keeper
 from distmeta.parallel.progress import Progress
 from distmeta.parallel.standing import Standing, Words
@@ -52,7 +53,8 @@ class Outcome:
     seconds: float
     """Spent on training and validation, over all launches of this run."""
     ended: str
-    """`epochs` (all done), `patience` (stopped early) or `solved` (closed form)."""
+    """`epochs` (all done), `patience` (stopped early), `converged` (clusters that stand still) or `solved` (closed
+    form)."""
 
 
 def train(
@@ -96,6 +98,8 @@ def train(
                 log(loader.note)
         if not tasks.n_tasks:
             raise UserError(f"{table.location}: no training tasks; choose another --protocol or a larger dataset")
+        if method.groups > tasks.n_tasks:
+            raise UserError(f"--clusters {method.groups}: there are {tasks.n_tasks} training tasks; ask for fewer")
         training = _Training(
             config, run, method, tasks, valid, table.split_hash, exchange, log, dataset.label, device, fence
         )
@@ -135,6 +139,9 @@ class _Training:
         self.words = Words(self.options.epochs, tasks.steps, self.update is not None)
         self.stateful: dict[str, Stateful] = dict(method.shared)
         """What a checkpoint carries besides parameters and moments, by name."""
+        self.survey = survey_of(method, self.update, tasks, exchange, device)
+        if self.survey:
+            self.stateful["clusters"] = self.survey
         self._restore()
 
     def _begin(self, progress: Standing) -> None:
@@ -151,10 +158,10 @@ class _Training:
     def learn(self) -> Outcome:
         """All epochs of a gradient method that are still to do."""
         assert self.update
-        while self.epoch < self.options.epochs and not self._out_of_patience():
+        while self.epoch < self.options.epochs and not self._over():
             self._train_epoch(self.update)
             self._end_epoch()
-        ended = "patience" if self._out_of_patience() else "epochs"
+        ended = self._over() or "epochs"
         best = self.progress.best_step
         return self._outcome(self.step if best is None else best, ended)
 
@@ -173,8 +180,11 @@ class _Training:
         done = self.progress
         return Outcome(best_step, done.best, self.epoch, self.step, done.seconds, ended)
 
-    def _out_of_patience(self) -> bool:
-        return 0 < self.options.patience <= self.progress.stale
+    def _over(self) -> str | None:
+        """Why to end before all epochs are done."""
+        if self.survey and self.survey.settled:
+            return "converged"
+        return "patience" if 0 < self.options.patience <= self.progress.stale else None
 
     def _train_epoch(self, update: MetaUpdate) -> None:
         """Go on from batch `self.batch` of epoch `self.epoch` to its end."""
@@ -232,12 +242,15 @@ class _Training:
         state = self.progress
         self._caught_up()
         with self.times.phase("validation"):
+            clusters = self.survey.after(self.epoch) if self.survey else None
+            if clusters and clusters["churn"] is None:
+                state.best, state.stale = None, 0  # from here on there is more than one common solution to judge
             mae, mse = validate(self.method, self.valid.evaluation(), self.label, self.exchange, self.device)
         if self.valid.n_tasks and not math.isfinite(mae):
             raise RunError(f"epoch {self.epoch + 1}: predictions for the validation tasks are not finite; {_DIVERGED}")
         state.judge(mae if self.valid.n_tasks else None, self.step)
-        self._write_line(mae, mse)
-        over = self._out_of_patience()
+        self._write_line(mae, mse, {"clusters": clusters} if clusters else {})
+        over = self._over() is not None
         self.screen.line(self.words.summary(state, self.history[-1], over, self.times.learning()))
         self._begin(state.next())
         self.epoch, self.batch = self.epoch + 1, 0
@@ -285,7 +298,7 @@ class _Training:
         self.history = read_metrics(self.run)[: self.epoch]
         self.screen.line(f"going on from step {self.step} (epoch {self.epoch + 1}, batch {self.batch})")
 
-    def _write_line(self, mae: float, mse: float) -> None:
+    def _write_line(self, mae: float, mse: float, clusters: dict[str, Any]) -> None:
         """Add this epoch's line to RUN/metrics.jsonl; the file is written whole, as object stores need.
 
         `checkpoint_s` covers those written since the epoch began, the one at its end not included (it stands in the
@@ -306,6 +319,7 @@ class _Training:
             "wait_s": state.wait,
             **{f"{k}_s": v for k, v in state.phases.items()},
             **workers,
+            **clusters,
             **self._more(),
         }
         self.history.append(line)

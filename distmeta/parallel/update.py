@@ -20,7 +20,7 @@ from distmeta.exchange import Exchange
 from distmeta.methods import method_class
 from distmeta.methods.base import Method
 from distmeta.parallel.shared import share
-from distmeta.tasks import Bag, Rows, TaskBatch, TaskBlock
+from distmeta.tasks import Bag, TaskBatch
 
 
 class NotFinite(ArithmeticError):
@@ -100,8 +100,9 @@ class MetaUpdate:
 
     Slice k of a parameter that the method names in `grouped` is averaged over the tasks of group k, all others
     over all tasks. A slice whose group had no task on any worker keeps its value, its moments and its count of
-    steps, and does not decay. `clip` bounds the norm of each mean by itself: of all parameters that are not
-    grouped together, and of each group's slices together.
+    steps, and does not decay. A method that is `summed` gets its groups' sums in place of their means. `clip` bounds
+    the norm of each of these by itself: of all parameters that are not grouped together, and of each group's slices
+    together.
     """
 
     def __init__(self, method: Method, options: TrainOptions, exchange: Exchange, steps: int) -> None:
@@ -194,7 +195,8 @@ class MetaUpdate:
         self.counts = [int(c) for c in counts]
         if count:
             self.shared.mul_(self._scale(count, norm))
-            scales = self.flat.new_tensor([[self._scale(c, one)] for c, one in zip(counts, norms, strict=True)])
+            over = [float(c > 0) for c in counts] if self.method.summed else counts
+            scales = self.flat.new_tensor([[self._scale(c, one)] for c, one in zip(over, norms, strict=True)])
             for part in self.stacks:
                 part.mul_(scales)
             for touched, group in zip(self.counts, self.groups, strict=True):
@@ -268,7 +270,4 @@ def _each(batch: TaskBatch) -> Iterator[TaskBatch]:
     """The tasks of a batch one by one, in block order."""
     for block in batch:
         for i in range(len(block.task)):
-            row = torch.arange(i, i + 1, device=block.task.device)
-            user = {name: bag.take(row) for name, bag in block.user.items()}
-            sides = [Rows(r.item[row], r.label[row], r.mask[row]) for r in (block.support, block.query)]
-            yield replace(batch, blocks=(TaskBlock(block.task[row], user, *sides),))
+            yield replace(batch, blocks=(block.take(torch.arange(i, i + 1, device=block.task.device)),))

@@ -56,7 +56,9 @@ class TorchExchange(Exchange):
         self.since = time.monotonic()
         try:
             collective()
-        except RuntimeError as e:  # it stays inside: that is where its last sign of life shows it
+        except (RuntimeError, ValueError) as e:  # it stays inside: that is where its last sign of life shows it
+            if isinstance(e, ValueError) and dist.is_initialized():
+                raise  # it is not that Ray Train has taken the group down under a worker that still computes
             raise ExchangeBroken(f"worker {self.rank}: exchange {self.calls} failed: {e}") from e
         self.since = None
 

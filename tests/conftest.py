@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from distmeta.data.sources import movielens, synthetic
+from distmeta.methods import METHODS
 from distmeta.storage import Location
 
 
@@ -49,8 +51,31 @@ def ml100k(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Location:
 
 
 @pytest.fixture(scope="session")
+def taobao() -> Path:
+    """The folder of Taobao's buys and carts."""
+    source = os.environ.get("DISTMETA_DATA")
+    if not source:
+        pytest.skip("DISTMETA_DATA is not set (the folder that holds taobao/interactions.parquet)")
+    return Path(source) / "taobao"
+
+
+@pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Location:
     """A synthetic dataset of 200 users and 120 items. Shared: add task tables to it, change nothing."""
     where = Location.of(tmp_path_factory.mktemp("data") / "small")
     synthetic.generate(where, users=200, items=120, per_user=(15, 40))
     return where
+
+
+@pytest.fixture(scope="session")
+def clicks(tmp_path_factory: pytest.TempPathFactory) -> Location:
+    """As `small`, but what the users do is click. Shared: add task tables to it, change nothing."""
+    where = Location.of(tmp_path_factory.mktemp("data") / "clicks")
+    synthetic.generate(where, users=200, items=120, per_user=(15, 40), clicks=True)
+    return where
+
+
+@pytest.fixture(scope="session")
+def suits(small: Location, clicks: Location) -> Callable[[str], Location]:
+    """METHOD -> the small dataset that it can learn from."""
+    return lambda method: clicks if METHODS[method].clicks_only else small

@@ -6,73 +6,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from floorworld import ITEMS, NEVER_RATED, Ratings, batch, fitted, made, predict, split
 from torch import Tensor
 
 from distmeta.data.schema import Dataset, Label
 from distmeta.errors import UserError
 from distmeta.methods import FLOORS, entry, method_class
 from distmeta.methods.base import Method, fit_closed_form
-from distmeta.tasks import Rows, TaskBatch, TaskBlock
+from distmeta.tasks import TaskBatch
 
-ITEMS = 30
-NEVER_RATED = 29
 DATASET = Dataset("made", Label("rating", 1, 5), (), (), users=40, items=ITEMS, interactions=0)
-Ratings = list[tuple[int, float]]
-"""(item, label) of one user."""
-
-
-def _world(users: int = 40, seed: int = 0) -> dict[int, Ratings]:
-    rng = np.random.default_rng(seed)
-    taste, kind = rng.normal(size=(users, 2)), rng.normal(size=(ITEMS, 2))
-    offset = rng.normal(size=ITEMS)
-    ratings = {}
-    for u in range(users):
-        items = rng.permutation(ITEMS - 1)[: rng.integers(4, 20)]
-        score = 3 + offset[items] + taste[u] @ kind[items].T + 0.3 * rng.normal(size=len(items))
-        ratings[u] = [(int(i), float(np.float32(s))) for i, s in zip(items, score, strict=True)]
-    return ratings
-
-
-def _rows(ratings: list[Ratings], where: dict[int, int]) -> Rows:
-    width = max((len(r) for r in ratings), default=0) + 2
-    side = Rows(
-        torch.zeros(len(ratings), width, dtype=torch.int64),
-        torch.full((len(ratings), width), 77.0),  # must not be looked at
-        torch.zeros(len(ratings), width, dtype=torch.bool),
-    )
-    for t, rated in enumerate(ratings):
-        for r, (item, label) in enumerate(rated):
-            side.item[t, r], side.label[t, r], side.mask[t, r] = where[item], label, True
-    return side
-
-
-def _batch(support: dict[int, Ratings], query: dict[int, Ratings], blocks: int = 2) -> TaskBatch:
-    items = sorted({i for side in (support, query) for rated in side.values() for i, _ in rated} | {0})[::-1]
-    where = {item: place for place, item in enumerate(items)}
-    tasks = sorted(support)
-    made = []
-    for part in (tasks[b::blocks] for b in range(blocks)):
-        sides = [_rows([side[t] for t in part], where) for side in (support, query)]
-        made.append(TaskBlock(torch.tensor(part, dtype=torch.int64), {}, *sides))
-    return TaskBatch(torch.tensor(items), tuple(made))
-
-
-def _split(world: dict[int, Ratings], at: int = 3) -> tuple[dict[int, Ratings], dict[int, Ratings]]:
-    return {u: r[:at] for u, r in world.items()}, {u: r[at:] for u, r in world.items()}
-
-
-def _fitted(name: str, batches: list[TaskBatch], **options: Any) -> Method:
-    method = method_class(name)(entry(name).options(**options), DATASET, {})
-    fit_closed_form(method, lambda sweep: batches)
-    return method
-
-
-def _predict(method: Method, batch: TaskBatch) -> dict[int, list[float]]:
-    scores: dict[int, list[float]] = {}
-    for block, score in zip(batch, method.predict(method.adapt(batch), batch), strict=True):
-        for t, row, mask in zip(block.task.tolist(), score, block.query.mask, strict=True):
-            scores[t] = row[mask].tolist()
-    return scores
+CLICKS = Dataset("made", Label("click", 0, 1), (), (), users=40, items=ITEMS, interactions=0)
+EVERY = pytest.mark.parametrize(
+    ("name", "dataset"),
+    [pytest.param(n, d, id=f"{d.label.kind}-{n}") for d in (DATASET, CLICKS) for n in FLOORS[d.label.kind]],
+)
 
 
 class Plain:
@@ -103,7 +51,7 @@ class Plain:
 
     def als(self, support: Ratings, item: int) -> float:
         vectors = method_class("als")(entry("als").options(factors=2), DATASET, {})
-        fit_sweep_0 = vectors.statistics(_batch(self.world, {u: [] for u in self.world}), 0)
+        fit_sweep_0 = vectors.statistics(batch(self.world, {u: [] for u in self.world}), 0)
         vectors.solve({k: v.to_dense() for k, v in fit_sweep_0.items()}, 0)  # the same start
         z: np.ndarray = vectors.get_buffer("vectors").numpy().copy()
 
@@ -122,27 +70,28 @@ class Plain:
 
 @pytest.mark.parametrize("name", FLOORS["rating"])
 def test_floor_is_what_plain_loops_give(name: str) -> None:
-    world = _world(14)
-    train = _batch(*_split(world))
-    method = _fitted(name, [train], **({"factors": 2} if name == "als" else {}))
+    world = made(14)
+    train = batch(*split(world))
+    method = fitted(DATASET, name, [train], **({"factors": 2} if name == "als" else {}))
     new = {100: [(2, 5.0), (3, 1.0), (4, 4.5)], 101: []}
     asked = {100: [(7, 0.0), (NEVER_RATED, 0.0)], 101: [(8, 0.0)]}
-    found = _predict(method, _batch(new, asked))
+    found = predict(method, batch(new, asked))
     plain = getattr(Plain(world), name)
     for user, rows in asked.items():
         assert found[user] == pytest.approx([plain(new[user], item) for item, _ in rows], abs=1e-9)
 
 
-@pytest.mark.parametrize("name", FLOORS["rating"])
-def test_statistics_are_additive(name: str) -> None:
+@EVERY
+def test_statistics_are_additive(name: str, dataset: Dataset) -> None:
     """Any cut into batches, blocks and support or query, and any number of workers, gives the same method."""
-    world = _world()
+    clicks = dataset is CLICKS
+    world = made(clicks=clicks)
     some, rest = ({u: r for u, r in world.items() if (u % 3 == 0) == side} for side in (True, False))
-    whole = _fitted(name, [_batch(*_split(world))])
-    cut = _fitted(name, [_batch(*_split(some, 0), blocks=3), _batch(*_split(rest, 7), blocks=1)])
+    whole = fitted(dataset, name, [batch(*split(world))])
+    cut = fitted(dataset, name, [batch(*split(some, 0), blocks=3), batch(*split(rest, 7), blocks=1)])
 
-    workers = [method_class(name)(entry(name).options(), DATASET, {}) for _ in range(3)]
-    shares = [[_batch(*_split(some))], [_batch(*_split(rest))], []]  # the third has no tasks
+    workers = [method_class(name)(entry(name).options(), dataset, {}) for _ in range(3)]
+    shares = [[batch(*split(some))], [batch(*split(rest))], []]  # the third has no tasks
     sums: dict[int, dict[str, Tensor]] = {}
     for sweep in range(workers[0].sweeps):  # in lock step, as workers that all-reduce are
         parts = []
@@ -154,10 +103,10 @@ def test_statistics_are_additive(name: str) -> None:
         for worker in workers:
             worker.solve(sums[sweep], sweep)
 
-    test = _batch(*_split(_world(9, seed=5)))
+    test = batch(*split(made(9, seed=5, clicks=clicks)))
     for other in (cut, *workers):
-        for user, scores in _predict(whole, test).items():
-            assert _predict(other, test)[user] == pytest.approx(scores, abs=1e-9)
+        for user, scores in predict(whole, test).items():
+            assert predict(other, test)[user] == pytest.approx(scores, abs=1e-9)
 
 
 class _OneSweep:
@@ -178,36 +127,37 @@ class _OneSweep:
         self.total = statistics
 
 
-@pytest.mark.parametrize("name", FLOORS["rating"])
-def test_adaptation_sees_support_only(name: str) -> None:
-    method = _fitted(name, [_batch(*_split(_world()))])
-    support = {1: [(3, 5.0), (4, 5.0)], 2: [(5, 1.0)]}
+@EVERY
+def test_adaptation_sees_support_only(name: str, dataset: Dataset) -> None:
+    method = fitted(dataset, name, [batch(*split(made(clicks=dataset is CLICKS)))])
+    least, most = dataset.label.minimum, dataset.label.maximum
+    support = {1: [(3, most), (4, most)], 2: [(5, least)]}
     items = [(6, 0.0), (7, 0.0)]
-    low = _predict(method, _batch(support, {1: items, 2: items}))
-    high = _predict(method, _batch(support, {u: [(i, 5.0) for i, _ in items] for u in support}))
+    low = predict(method, batch(support, {1: items, 2: items}))
+    high = predict(method, batch(support, {u: [(i, most) for i, _ in items] for u in support}))
     assert low == high
-    assert (low[1] != low[2]) == (name in ("bias", "als"))
+    assert (low[1] != low[2]) == (name in ("bias", "als", "ials"))
 
 
-@pytest.mark.parametrize("name", FLOORS["rating"])
-def test_no_training_rating_is_said(name: str) -> None:
+@EVERY
+def test_no_training_rating_is_said(name: str, dataset: Dataset) -> None:
     with pytest.raises(UserError, match=f"{name}: the split train has no ratings"):
-        _fitted(name, [])
+        fitted(dataset, name, [])
 
 
 def test_als_without_penalty_is_finite() -> None:
-    method = _fitted("als", [_batch(*_split(_world()))], penalty=0.0)
-    for scores in _predict(method, _batch(*_split(_world(9, seed=5)))).values():
+    method = fitted(DATASET, "als", [batch(*split(made()))], penalty=0.0)
+    for scores in predict(method, batch(*split(made(9, seed=5)))).values():
         assert np.isfinite(scores).all()
 
 
 def test_als_finds_the_planted_factors() -> None:
     """On a world of two factors and little noise ALS must beat the biases by far."""
-    world = _world(440)
-    train = _batch(*_split({u: world[u] for u in range(400)}))
-    support, query = _split({u: world[u] for u in range(400, 440) if len(world[u]) >= 12}, 10)
+    world = made(440)
+    train = batch(*split({u: world[u] for u in range(400)}))
+    support, query = split({u: world[u] for u in range(400, 440) if len(world[u]) >= 12}, 10)
     errors = {}
     for name, options in {"bias": {}, "als": {"factors": 4, "penalty": 1.0}}.items():
-        found = _predict(_fitted(name, [train], **options), _batch(support, query))
+        found = predict(fitted(DATASET, name, [train], **options), batch(support, query))
         errors[name] = np.mean([abs(s - y) for u in query for s, (_, y) in zip(found[u], query[u], strict=True)])
     assert errors["als"] < 0.6 * errors["bias"]

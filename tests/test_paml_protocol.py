@@ -195,7 +195,7 @@ def test_clicks_are_learned_and_judged(tmp_path: Path, capsys: pytest.CaptureFix
     assert "auc" in said
     assert "major-minor, MSE" in said
     found = json.loads((tmp_path / "run/evaluation.json").read_text())
-    assert list(found["floors"]) == list(found["floor_groups"]) == ["constant", "itemmean"]
+    assert list(found["floors"]) == list(found["floor_groups"]) == ["constant", "itemmean", "itempop", "ials"]
     everyone, constant = found["cohorts"]["all"], found["floors"]["constant"]["all"]
     assert constant["auc"] == constant["auc_rows"] == 0.5
     assert 0 < constant["nel_rows"] < 1.5
@@ -218,14 +218,31 @@ def test_clicks_are_learned_and_judged(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_bad_questions_get_a_sentence(tmp_path: Path) -> None:
     _make(tmp_path / "few", fields=("gender", "tags"))
-    _make(tmp_path / "none", fields=())
-    for name, options, says in (
-        ("few", {}, "more than 2 single-valued fields .* the users have 1; set --major-over below that"),
-        ("none", {"major_over": 0}, "have 0; prepare the dataset with user fields"),
-    ):
-        with pytest.raises(UserError, match=says):
-            tasktable.make(Location.of(tmp_path / name), "paml", 0, options)
+    with pytest.raises(UserError, match=r"more than 2 single-valued .* users have 1; set --major-over below that"):
+        tasktable.make(Location.of(tmp_path / "few"), "paml", 0, {})
     assert tasktable.make(Location.of(tmp_path / "few"), "paml", 0, {"major_over": 0}).counts["train"]["tasks"] > 0
+
+
+@pytest.mark.parametrize("kind", ["rating", "click"])
+def test_users_without_fields_are_neither_major_nor_minor(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All tasks are in one cohort, a note says so, nothing is compared; PAML needs --history, and says so."""
+    _make(tmp_path / "data", kind, fields=("tags",) if kind == "rating" else ())
+    argv = ["train", "paml", "--data", str(tmp_path / "data"), "--protocol", "paml", "--epochs", "1", "--item-ids"]
+    argv += ["--embedding", "4", "--threads", "1", "--run", str(tmp_path / "run")]
+    if kind == "click":
+        assert cli.main(argv) == 2
+        assert "made: has no user fields to tell users apart by; add --history" in capsys.readouterr().err
+    assert cli.main([*argv, "--history"]) == 0, capsys.readouterr().err
+    table = tasktable.make(Location.of(tmp_path / "data"), "paml", 0, {"major_over": 2})
+    assert table.notes["major users"] == "no major or minor users, as there is no single-valued user field"
+    assert table.compared == []
+    assert {c for _, c, _ in _made(table).values()} == {"all"}
+    found = json.loads((tmp_path / "run/evaluation.json").read_text())
+    assert list(found["cohorts"]) == ["all"]
+    assert found["cohorts"]["all"]["n_tasks"] == table.counts["test"]["tasks"]
+    assert "groups" not in found
 
 
 def test_movielens_has_the_published_shares(ml1m: Location) -> None:

@@ -55,8 +55,9 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: 
 
 @pytest.mark.parametrize("world", [2, 3, 16])
 @pytest.mark.parametrize("name", METHODS)
-def test_same_batches_same_update(small, name, world):
+def test_same_batches_same_update(suits, name, world):
     """float64 1e-9 over 3 updates; 16 workers have 1 or 2 tasks of a batch each, or none."""
+    small = suits(name)
     if name in LEARNED:
         one, many = (
             [f.result() for f in tiny.together(n, lambda e: learned(small, name, torch.float64, 3, e))]

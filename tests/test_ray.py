@@ -97,9 +97,9 @@ def cli_config(words: list[str]) -> Any:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_killed_worker(tmp_path, small, nodes, capfd, method):
+def test_killed_worker(tmp_path, suits, nodes, capfd, method):
     """Invariants 2 and 4: a worker is killed mid-run, and the run ends in the bits of one that nothing happened to."""
-    flags, closed = LONG.get(method, []), issubclass(method_class(method), ClosedForm)
+    flags, closed, small = LONG.get(method, []), issubclass(method_class(method), ClosedForm), suits(method)
     with command(*argv(tmp_path / "run", small, method, *flags)) as run:
         if closed:
             run.wait(nodes.workers)

@@ -23,6 +23,7 @@ sources:
   movielens-1m     ratings.dat users.dat movies.dat [movies_extrainfos.dat], as grouplens.org gives them
   movielens-100k   u.data u.user u.item, as grouplens.org gives them
   bookcrossing     BX-Users.csv BX-Books.csv BX-Book-Ratings.csv, as the official dump has them
+  taobao-userbehavior  UserBehavior.csv, as tianchi.aliyun.com gives it, or a Parquet table of the same
   table            your own Parquet or CSV files, described by a short YAML file
   synthetic        a made world of clusters whose best possible error is known
 and:
@@ -131,6 +132,31 @@ def _bookcrossing(argv: Sequence[str]) -> int:
     return _make(args.out, lambda out: bookcrossing(raw, out, **keep))
 
 
+def _taobao_userbehavior(argv: Sequence[str]) -> int:
+    from distmeta.data.sources.taobao import Recipe, taobao_userbehavior
+
+    parser = _parser(
+        "taobao-userbehavior",
+        "Read Taobao's user behaviour (https://tianchi.aliyun.com/dataset/649) as clicks, 0 or 1.\n"
+        "Files: UserBehavior.csv (user, item, category, pv|cart|fav|buy, time), or interactions.parquet with the\n"
+        "columns user, item, behavior and maybe category and timestamp. One row a user and item. By default the\n"
+        "weakest behaviour (of pv, fav, cart, buy) is label 0 where none of the others, label 1, is there too.\n"
+        "There are no user fields; the item field is the category, where the file has it. The official file holds\n"
+        "100 million events; --share takes so much of its users.",
+        "examples:\n"
+        "  python -m jobs.prepare taobao-userbehavior --raw taobao --share 0.05 --out data/taobao\n"
+        "  python -m jobs.prepare taobao-userbehavior --raw taobao --positive buy --shown none --negatives 4 \\\n"
+        "    --out data/taobao-buys",
+    )
+    parser.add_argument("--raw", required=True, metavar="DIR", help="folder that holds the file")
+    _add_out(parser)
+    add_flags(parser, Recipe, "the labels")
+    flags = vars(parser.parse(argv))
+    raw, out = Location.of(flags.pop("raw")), flags.pop("out")
+    recipe = build(Recipe, flags, "taobao-userbehavior", flags=True)
+    return _make(out, lambda where: taobao_userbehavior(raw, where, recipe))
+
+
 def _table(argv: Sequence[str]) -> int:
     from distmeta.data.sources.table import EXAMPLE, table
 
@@ -230,6 +256,7 @@ _SOURCES: dict[str, Callable[[Sequence[str]], int]] = {
     "movielens-1m": _movielens_1m,
     "movielens-100k": _movielens_100k,
     "bookcrossing": _bookcrossing,
+    "taobao-userbehavior": _taobao_userbehavior,
     "table": _table,
     "synthetic": _synthetic,
     "tasks": _tasks,

@@ -101,7 +101,7 @@ class Maker:
             "cohorts": cohorts,
             "dropped": dict(dropped),
             "row_cohorts": list(self.protocol.row_cohorts),
-            "compared": [list(pair) for pair in self.protocol.compared],
+            "compared": [list(p) for p in self.protocol.compared if any(c in s for s in cohorts.values() for c in p)],
             "notes": plan.notes,
             "split_hash": digest.hexdigest(),
             "dataset": dict(origin),

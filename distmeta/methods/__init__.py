@@ -21,6 +21,8 @@ class Entry:
     options: type
     train: dict[str, Any] = field(default_factory=dict)
     """Defaults of the `train` section that suit this method better than the general ones."""
+    clicks_only: bool = False
+    """It refuses ratings."""
 
 
 GRADIENT = {"lr": 2e-3, "batch_size": 32}
@@ -31,18 +33,20 @@ METHODS: dict[str, Entry] = {
     "metacs": Entry("metacs", "MetaCS", options.MetaCS, GRADIENT),
     "metasgd": Entry("metasgd", "MetaSGD", options.MetaSGD, GRADIENT),
     "hml": Entry("hml", "HML", options.HML, GRADIENT),
+    "paml": Entry("paml", "PAML", options.PAML, GRADIENT),
+    "reg-paml": Entry("regpaml", "RegPAML", options.RegPAML, GRADIENT),
+    "at-paml": Entry("atpaml", "ATPAML", options.ATPAML, GRADIENT),
     "transfer": Entry("transfer", "Transfer", options.Transfer, GRADIENT),
     "constant": Entry("constant", "Constant", options.Constant),
     "itemmean": Entry("itemmean", "ItemMean", options.ItemMean),
     "bias": Entry("bias", "Bias", options.Bias),
     "als": Entry("als", "Als", options.Als),
+    "itempop": Entry("itempop", "ItemPop", options.ItemPop, clicks_only=True),
+    "ials": Entry("ials", "IALS", options.IALS, clicks_only=True),
 }
 
-FLOORS = {"rating": ("constant", "itemmean", "bias", "als"), "click": ("constant", "itemmean")}
-"""What every report is compared with, by the dataset's label kind.
-
-For clicks, methods and floors fit 0 and 1 by squared error; a count of clicks and implicit factors are to join.
-"""
+FLOORS = {"rating": ("constant", "itemmean", "bias", "als"), "click": ("constant", "itemmean", "itempop", "ials")}
+"""What every report is compared with, by the dataset's label kind."""
 
 
 def entry(name: str) -> Entry:

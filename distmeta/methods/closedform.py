@@ -38,7 +38,11 @@ class ClosedForm(Method):
         sums = self.mean.new_zeros(len(batch.items), width)
         for block, value in zip(batch, values, strict=True):
             sums.index_add_(0, rows(block).item.flatten(), value.flatten(0, 1))
-        size = (self.dataset.items, width)
+        return self.by_item(batch, sums)
+
+    def by_item(self, batch: TaskBatch, sums: Tensor) -> Tensor:
+        """Sums [U, width] by item of the batch -> sparse [dataset.items, width]."""
+        size = (self.dataset.items, sums.shape[1])
         return torch.sparse_coo_tensor(batch.items[None], sums, size, check_invariants=False)
 
     def first_sums(self, batch: TaskBatch) -> dict[str, Tensor]:
@@ -68,3 +72,9 @@ def rows(block: TaskBlock) -> Rows:
     """
     side = block.rows()
     return replace(side, label=side.label.double())
+
+
+def refuse_ratings(name: str, dataset: Dataset) -> None:
+    """UserError where a method for clicks is given a dataset of ratings."""
+    if dataset.label.kind != "click":
+        raise UserError(f"{dataset.name}: {name} counts clicks and the labels are ratings; take bias or als")

@@ -37,6 +37,23 @@ class Als:
 
 
 @dataclass(frozen=True)
+class ItemPop:
+    """For clicks: a probability from how many training users clicked on the item."""
+
+
+@dataclass(frozen=True)
+class IALS:
+    """For clicks: implicit ALS, all items that a user did not click on counting a little; the new user is folded in."""
+
+    factors: int = option(16, "Latent factors.", least=1)
+    alpha: float = option(100.0, "What a click weighs beyond the 1 of a pair of which nothing is known.", above=0)
+    alpha_shown: float = option(0.0, "What a row without a click weighs beyond that.", least=0)
+    penalty: float = option(100.0, "Ridge penalty of users and items.", above=0)
+    passes: int = option(8, "Alternating sweeps.", least=1)
+    shrink: float = option(5.0, "Pseudo-count that pulls the click rates of items and users to the mean.", above=0)
+
+
+@dataclass(frozen=True)
 class Network:
     """Embeddings of the fields and a decision MLP."""
 

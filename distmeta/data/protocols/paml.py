@@ -3,7 +3,8 @@
 Cohorts are major and minor users: a major user has more than `major_over` fields whose value is among the most
 frequent 30 % of that field's values, by users. Frequencies are those of all users who occur in the log, before
 the least active are chosen: so counted, ML-1M gives 72.7 / 71.7 / 58.2 / 64.1 % against the paper's Table 1 with
-72.4 / 71.7 / 56.7 / 64.0 %, and 60.5 % major users where the paper says 65 %.
+72.4 / 71.7 / 56.7 / 64.0 %, and 60.5 % major users where the paper says 65 %. Users of whom nothing is known are
+neither: all tasks are then in the one cohort `all`.
 """
 
 from collections.abc import Mapping
@@ -38,10 +39,10 @@ REASONS = (
 
 
 def plan(source: Source, split_seed: int, options: Mapping[str, Any]) -> Plan:
-    """The least active users, their split, who of them is dropped, and who is major.
+    """The least active users, their split, who of them is dropped, and who is major where users have fields.
 
     Raises:
-        UserError: too few user fields to tell major users from minor ones.
+        UserError: fewer user fields than a major user needs frequent values.
     """
     rows, counted = _survey(source)
     active = rows > 0
@@ -55,7 +56,8 @@ def plan(source: Source, split_seed: int, options: Mapping[str, Any]) -> Plan:
     major, notes = _major(source, active, options["major_over"])
     kept = group < _OTHER
     notes["least active users"] = f"{n:,} of {int(active.sum()):,}, {int(kept.sum()):,} after the filters"
-    notes["major users"] = f"{_share(major[active])} of all, {_share(major[kept])} of those kept"
+    if len(major):
+        notes["major users"] = f"{_share(major[active])} of all, {_share(major[kept])} of those kept"
     return Plan(split_seed, options, group, cohort=major, notes=notes)
 
 
@@ -90,13 +92,14 @@ def _wrong(source: Source) -> list[NDArray[np.bool_]]:
 
 
 def _major(source: Source, active: NDArray[np.bool_], over: int) -> tuple[NDArray[np.bool_], dict[str, str]]:
-    """Mask [users] of major users, and the share of users with a major value, by field."""
+    """Mask [users] of major users, [0] without fields; and the share of users with a major value, by field."""
     fields = [f for f in source.manifest.user_fields if f.type != "multi_categorical"]
+    if not fields:
+        return np.zeros(0, bool), {"major users": "no major or minor users, as there is no single-valued user field"}
     if len(fields) <= over:
-        mend = "set --major-over below that" if fields else "prepare the dataset with user fields"
         raise UserError(
             f"{source.where}: protocol paml calls a user major by more than {over} single-valued fields with a frequent"
-            f" value, and the users have {len(fields)}; {mend}, or choose another protocol"
+            f" value, and the users have {len(fields)}; set --major-over below that, or choose another protocol"
         )
     frequent = []
     for f in fields:
@@ -126,7 +129,7 @@ def tasks(interactions: pl.DataFrame, plan: Plan) -> tuple[pl.DataFrame, dict[st
     query = rank(user, keys) < np.maximum(1, np.rint(QUERY_SHARE * count))
     rows = rows.with_columns(
         group=plan.group[user],
-        cohort=np.where(plan.cohort[user], "major", "minor"),
+        cohort=np.where(plan.cohort[user], "major", "minor") if len(plan.cohort) else pl.lit("all"),
         role=query.astype(np.int8),
     )
     cohort, role = pl.col("cohort"), pl.col("role")

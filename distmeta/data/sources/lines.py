@@ -1,6 +1,6 @@
 """Separated text files, read strictly: whatever is wrong is named by file and line."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import polars as pl
 
@@ -32,11 +32,41 @@ def read_lines(file: Location, *, get: str, encoding: str = "latin-1") -> pl.Ser
         raise UserError(f"{file}, line {line}: not {encoding} text; {get}") from None
     *lines, rest = text.split("\n")
     if rest:
-        raise UserError(
-            f"{file}, line {len(lines) + 1}: the last line has no end, so the file was cut short; {get}, "
-            "or end the line if it is whole"
-        )
+        raise _cut_short(file, len(lines) + 1, get)
     return pl.Series("line", lines, dtype=pl.String).str.strip_suffix("\r")
+
+
+def read_blocks(file: Location, size: int, *, get: str) -> Iterator[tuple[int, pl.Series]]:
+    """A latin-1 file larger than memory: (number of the first line, lines as `read_lines` gives them) of about `size`
+    bytes at a time.
+
+    Raises:
+        UserError: as `read_lines`.
+    """
+    try:
+        with file.fs.open_input_stream(file.path) as stream:
+            line, rest = 1, b""
+            while data := stream.read(size):
+                *whole, rest = (rest + data).rsplit(b"\n", 1)
+                if whole:
+                    lines = pl.Series("line", whole[0].decode("latin-1").split("\n")).str.strip_suffix("\r")
+                    yield line, lines
+                    line += len(lines)
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; {get}") from None
+    except OSError as e:
+        raise UserError(f"{file}: cannot be read ({e}); check that it is a file that you may read") from None
+    if line == 1 and not rest:
+        raise UserError(f"{file}: the file is empty; {get}")
+    if rest:
+        raise _cut_short(file, line, get)
+
+
+def _cut_short(file: Location, line: int, get: str) -> UserError:
+    return UserError(
+        f"{file}, line {line}: the last line has no end, so the file was cut short; {get}, or end the line if it is"
+        " whole"
+    )
 
 
 def read_columns(
@@ -51,10 +81,21 @@ def read_columns(
     Raises:
         UserError: as `read_lines`, or a line with another number of columns.
     """
-    lines = read_lines(file, get=get, encoding=encoding)
+    return cut_columns(read_lines(file, get=get, encoding=encoding), separator, names, file, get=get)
+
+
+def cut_columns(
+    lines: pl.Series, separator: str, names: Sequence[str], file: Location, *, get: str, first: int = 1
+) -> pl.DataFrame:
+    """Lines of a file, the first of them its line `first`, cut into columns of strings.
+
+    Raises:
+        UserError: a line with another number of columns.
+    """
     columns = lines.str.count_matches(separator, literal=True) + 1
     refuse(columns != len(names), file, lambda i: f"{columns[i]} columns separated by {separator!r} where "
-           f"{len(names)} are needed ({' '.join(names)}); {get}")  # fmt: skip
+           f"{len(names)} are needed ({' '.join(names)}); {get}",
+           at=pl.int_range(first, first + len(lines), eager=True))  # fmt: skip
     parts = lines.str.split_exact(separator, len(names) - 1).struct.unnest()
     return parts.rename(dict(zip(parts.columns, names, strict=True)))
 

@@ -51,11 +51,11 @@ class Stateful(Protocol):
     """What a checkpoint carries besides parameters and moments: a shared memory, say."""
 
     def snapshot(self) -> Arrays:
-        """All there is, by keys that are always the same, with always the same types; called on rank 0."""
+        """All there is; called on rank 0."""
         ...
 
     def restore(self, snapshot: Arrays) -> None:
-        """Become what `snapshot` was taken of; called on all ranks."""
+        """Become what `snapshot` was taken of, on all ranks; KeyError, ValueError, … where that is another thing."""
         ...
 
 
@@ -261,16 +261,17 @@ def restore_state(run: Location, checkpoint: Checkpoint, stateful: Mapping[str, 
     arrays = {k: v.numpy() for k, v in load(run, checkpoint, "state").items()} if has or stateful else {}
     skipped = TRAINING - stateful.keys()
     arrays = {k: v for k, v in arrays.items() if k.partition(".")[0] not in skipped}
-    wanted = state_of(stateful)
-    for key in sorted(arrays.keys() | wanted.keys()):
-        have, want = arrays.get(key), wanted.get(key)
-        if have is None or want is None or have.dtype != want.dtype or have.ndim != want.ndim:
+    parts: dict[str, Arrays] = {name: {} for name in stateful}
+    for key, value in arrays.items():
+        parts.setdefault(key.partition(".")[0], {})[key.partition(".")[2]] = value
+    for name, part in sorted(parts.items()):
+        try:
+            stateful[name].restore(part)
+        except (KeyError, IndexError, TypeError, ValueError) as e:  # it may be anything, if of other code
             raise UserError(
-                f"{checkpoint.location}: its shared state {key} is not this method's; the dataset or the method's code"
-                " changed since; start a new run"
-            )
-    for name in sorted(stateful):
-        stateful[name].restore({k.partition(".")[2]: v for k, v in arrays.items() if k.partition(".")[0] == name})
+                f"{checkpoint.location}: its shared state {name} is not this method's ({type(e).__name__}: {e}); the"
+                " dataset or the method's code changed since; start a new run"
+            ) from e
 
 
 def check(checkpoint: Checkpoint, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

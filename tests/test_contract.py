@@ -12,6 +12,7 @@ from torch import Tensor
 from distmeta.data import tasktable
 from distmeta.data.loader import Loader, read_items
 from distmeta.data.schema import Dataset
+from distmeta.memory.base import Shared
 from distmeta.methods import METHODS, method_class
 from distmeta.methods.base import Method, fit_closed_form
 from distmeta.storage import Location
@@ -32,7 +33,9 @@ class World:
         torch.manual_seed(seed)
         options = METHODS[name].options()
         small = {k: v for k, v in SMALL.items() if hasattr(options, k)}
-        return method_class(name)(replace(options, **small), self.dataset, self.items)
+        made = method_class(name)(replace(options, **small), self.dataset, self.items)
+        made.shared = Shared.of(made.memories())
+        return made
 
     def loader(self, split: str, batch_size: int = 32) -> Loader:
         return Loader(self.table, self.dataset, split, batch_size)
@@ -48,6 +51,7 @@ class World:
             for batch in loader.epoch(epoch):
                 optimizer.zero_grad()
                 m.loss(batch).mean().backward()
+                m.write()
                 optimizer.step()
         return m
 
@@ -166,6 +170,9 @@ def test_its_state_moves_to_a_new_instance(world: World, learned: Method, name: 
     """What a checkpoint holds is all there is: another initial state, then the learned one, same scores bit for bit."""
     batch, fresh = world.test_batch(), world.method(name, seed=1)
     fresh.load_state_dict(learned.state_dict())
+    for key, shared in learned.shared.items():
+        shared.flush()
+        fresh.shared[key].restore(shared.snapshot())
     for a, b in zip(scores(learned, batch), scores(fresh, batch), strict=True):
         assert torch.equal(a, b)
 
@@ -186,7 +193,8 @@ def test_learning_is_a_sum_over_tasks(world: World, name: str):
             return [torch.stack(p).sum(0) for p in zip(*parts, strict=True)]
         loss = torch.cat([m.loss(b) for b in batches])
         assert len(loss) == len(batch)
-        return list(torch.autograd.grad(loss.sum(), [p for p in m.parameters() if p.requires_grad]))
+        params = [p for p in m.parameters() if p.requires_grad]
+        return list(torch.autograd.grad(loss.sum(), params, materialize_grads=True))
 
     for whole, parts in zip(sums([batch]), sums(list(alone(batch))), strict=True):
         torch.testing.assert_close(whole, parts, rtol=1e-9, atol=1e-9)

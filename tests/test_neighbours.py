@@ -238,6 +238,24 @@ def test_it_finds_what_is_near():
     assert index.cells.count.sum() == index.size == 20_000
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_cells_are_ordered_in_whole_numbers(dtype):
+    """Exact sums are what makes an answer the same in any batch and for any number of threads."""
+    rng = np.random.default_rng(5)
+    cells, vectors = search.Cells(4_000, 48, dtype), (3 * rng.standard_normal((4_000, 48))).astype(dtype)
+    vectors[3_000:3_600] = vectors[3_000]  # more than one cell of equals
+    cells.add(np.arange(4_000), vectors)
+    unit, centre, square = cells._rounded()
+    queries = vectors[:200] * np.repeat([0.01, 1], 100)[:, None].astype(dtype)
+    score = cells._scores(queries, unit, centre, square)
+    grid = np.rint(np.clip(queries.astype(float) / unit, -2 * search.GRID, 2 * search.GRID)).astype(np.int64)
+    whole = grid @ centre.T.astype(np.int64) + np.where(np.isinf(square), 0, square).astype(np.int64)
+    np.testing.assert_array_equal(score[:, np.isfinite(square)], whole[:, np.isfinite(square)])
+    assert np.abs(whole).max() > 2**40
+    true = search.distances(queries, cells.centre)[:, np.isfinite(square)]
+    assert (score.argmin(1) == np.flatnonzero(np.isfinite(square))[true.argmin(1)]).mean() > 0.99
+
+
 @pytest.mark.parametrize("exact", [True, False])
 def test_all_users_identical(exact):
     index, same = Neighbours(3_000, 8, 0.1, exact), np.full((3_000, D), 0.3, np.float32)

@@ -13,6 +13,7 @@ BENCHMARKS = {
     "adaptation": "the inner loop: dual form against private matrices, vmap and a loop over tasks",
     "input": "task tables: users a second, read, permuted and padded",
     "methods": "training end to end on a dataset: users a second of each method, and its wait for input",
+    "neighbours": "the index of AT-PAML: searches, stores and merges a second, recall, memory",
     "scaling": "workers on this machine against independent processes: users a second, exchange, wait, start-up",
 }
 _HELP = (

@@ -19,12 +19,16 @@ LEAST = LIMIT // 16
 """A cell with fewer is given up; neither half of a split has fewer."""
 PROBES = 8
 """Cells that a query looks through."""
+AROUND = 64
+"""Centres that the vectors of a cell are compared with when it was split."""
 SWEEPS = 6
 """Of two-means, at most."""
 BLOCK = 1 << 18
 """Numbers of an intermediate result that are held at a time: about what stays in a core's cache."""
+ALONE = 1 << 18
+"""Multiplications of a matrix product up to which OpenBLAS takes one thread."""
 GRID = 1 << 22
-"""Steps of the grid that centres and queries are rounded to, from 0 to the largest centre's norm."""
+"""Steps of the grid that centres and queries are rounded to: at least from 0 to the largest centre's norm."""
 
 
 class Cells:
@@ -52,7 +56,7 @@ class Cells:
 
         A row depends on its query alone, not on what else is asked with it.
         """
-        score = self._scores(queries)
+        score = self._scores(queries, *self._rounded())
         probes = min(PROBES, score.shape[1])
         cells = np.argpartition(score, probes - 1, axis=1)[:, :probes]
         found = self.members[cells]
@@ -61,9 +65,12 @@ class Cells:
 
     def add(self, slots: Ints, vectors: Floats) -> None:
         """Take in new slots; `vectors` [capacity, d] are those of all slots."""
-        split = self._insert(slots, vectors)
-        if split:  # a centre elsewhere may be nearer than either half's
-            self.move(self._listed(np.unique(split)), vectors)
+        split = sorted(set(self._insert(slots, vectors)))
+        if split:
+            rounded = self._rounded()
+            strayed = np.concatenate([self._strayed(cell, vectors, rounded) for cell in split])
+            self.remove(strayed, vectors)
+            self._insert(strayed, vectors)
 
     def move(self, slots: Ints, vectors: Floats) -> None:
         """The vectors of these slots, each once, have changed."""
@@ -107,24 +114,29 @@ class Cells:
         self.members[self.cell[:size], self.place[:size]] = np.arange(size)
         self.splits = int(snapshot["splits"][0])
 
-    def _scores(self, vectors: Floats) -> Floats:
+    def _rounded(self) -> tuple[float, Floats, Floats]:
+        """A grid's unit, the centres [cells, d] in it times −2, and their squared norms [cells]; inf where empty."""
+        largest = np.abs(self.centre).max() * self.centre.shape[1] ** 0.5
+        unit = 2.0 ** np.ceil(np.log2(max(float(largest), 1e-30))) / GRID
+        centre = np.rint(self.centre.astype(np.float64) / unit)
+        return unit, -2 * centre, np.where(self.count > 0, np.einsum("cd,cd->c", centre, centre), np.inf)
+
+    def _scores(self, vectors: Floats, unit: float, centre: Floats, square: Floats) -> Floats:
         """For each cell a number [m, cells] that orders them by the distance of their centres; inf where empty.
 
-        Both sides are rounded to a grid, so that the product's sums are whole numbers below 2⁵³: exact, and the same
-        in any order and company. Equal centres tie.
+        Both sides are on a grid, so that the product's sums are whole numbers below 2⁵³: exact, the same in any
+        order and company. Equal centres tie.
         """
-        largest = np.sqrt(np.einsum("cd,cd->c", self.centre, self.centre, dtype=np.float64).max())
-        unit = 2.0 ** np.ceil(np.log2(max(largest, 1e-30))) / GRID
-        centre = np.rint(self.centre / unit)
-        query = np.rint(np.clip(vectors / unit, -2 * GRID, 2 * GRID))
-        square = np.where(self.count > 0, np.einsum("cd,cd->c", centre, centre), np.inf)
-        return square - 2 * (query @ centre.T)
+        score = products(np.rint(np.clip(vectors.astype(np.float64) / unit, -2 * GRID, 2 * GRID)), centre)
+        score += square
+        return score
 
     def _nearest(self, vectors: Floats, own: Ints | None = None) -> tuple[Ints, NDArray[np.bool_]]:
         """The cell [m] of the nearest centre, and whether it is nearer than the `own` cell's."""
         cell, nearer = np.zeros(len(vectors), np.int64), np.ones(len(vectors), bool)
+        rounded = self._rounded()
         for rows in blocks(len(vectors), len(self.count) // 4):
-            score = self._scores(vectors[rows])
+            score = self._scores(vectors[rows], *rounded)
             cell[rows] = score.argmin(1)
             if own is not None:
                 nearer[rows] = score.min(1) < np.take_along_axis(score, own[rows, None], 1)[:, 0]
@@ -133,6 +145,14 @@ class Cells:
     def _listed(self, cells: Ints) -> Ints:
         """The slots in these cells."""
         return self.members[cells][np.arange(LIMIT) < self.count[cells, None]]
+
+    def _strayed(self, cell: int, vectors: Floats, rounded: tuple[float, Floats, Floats]) -> Ints:
+        """Slots of a cell whose centre was moved by a split that are nearer to another of the centres around."""
+        slots = self.members[cell, : self.count[cell]]
+        score = self._scores(self.centre[cell : cell + 1], *rounded)[0]
+        around = np.argpartition(score, min(AROUND, len(score)) - 1)[:AROUND]
+        nearest = distances(vectors[slots], self.centre[around]).min(1)
+        return slots[nearest < distances(vectors[slots], self.centre[cell : cell + 1])[:, 0]]
 
     def _insert(self, slots: Ints, vectors: Floats) -> list[int]:
         """Put slots to the nearest centres; the cells that this split, and their other halves."""
@@ -189,11 +209,25 @@ def halves(vectors: Floats) -> NDArray[np.bool_]:
     second[np.argsort(widest, kind="stable")[len(vectors) // 2 :]] = True
     for _ in range(SWEEPS):
         a, b = vectors[~second].mean(0), vectors[second].mean(0)
-        again = vectors @ (b - a) > (a + b) @ (b - a) / 2
+        again = np.einsum("md,d->m", vectors, b - a) > ((a + b) * (b - a)).sum() / 2
         if not LEAST <= again.sum() <= len(vectors) - LEAST or (again == second).all():
             break
         second = again
     return second
+
+
+def products(a: Floats, b: Floats) -> Floats:
+    """Inner products [m, n] of a [m, d] and b [n, d], in pieces that BLAS leaves to one thread.
+
+    Products as thin as these gain little from more, and lose much where other programs share the cores: threads then
+    wait for each other at each (measured: ten times slower).
+    """
+    found = np.empty((len(a), len(b)))
+    side = max(int((ALONE / max(a.shape[1], 1)) ** 0.5), 1)
+    for i in range(0, len(a), side):
+        for j in range(0, len(b), side):
+            np.matmul(a[i : i + side], b[j : j + side].T, out=found[i : i + side, j : j + side])
+    return found
 
 
 def distances(queries: Floats, vectors: Floats, slots: Ints | None = None) -> Floats:

@@ -115,15 +115,16 @@ class GradientMethod(Method):
             steps: inner steps; None: as many as the options say.
             norm: as `adaptation.inner.adapt` takes it.
         """
-        first_order, steps = self.options.first_order, self.options.steps if steps is None else steps
+        first_order = self.options.first_order
+        count = self.options.steps if steps is None else steps
         users, items = encoded.support(block, detach=first_order)
         return adapt(
             lambda tape: self(tape, users, items),
             block.support,
             rates,
-            steps=steps,
+            steps=count,
             first_order=first_order,
-            plan=Plan(steps, block.query.item.shape[1], self.options.form),
+            plan=Plan(count, block.query.item.shape[1], self.options.form),
             delta=self.head.delta,
             norm=norm,
         )

@@ -1,9 +1,15 @@
 """HML (paper 000): K initialisations, of which each task takes the one that adapts to it best.
 
-Hard task clusters (§2.2.3, Eq. 3): every initialisation adapts to a task's support; the lowest mean query loss wins,
-ties the lowest k. In training the query is the task's; the winner's loss is then taken once more with the exact
-second-order graph, and initialisation k learns from its own tasks alone (Alg. 1, lines 11 to 14). For a new task
-(Table 1) the support is split into Sup_s and Sup_q, some times over, and the winner adapts to the whole of it.
+Hard task clusters (§2.2.3, Eq. 3; `--htc query --htc-steps 1`): every initialisation adapts to a task's support; the
+lowest mean query loss wins, ties the lowest k. In training the query is the task's; the winner's loss is then taken
+once more with the exact second-order graph, and initialisation k learns from its own tasks alone (Alg. 1, lines 11 to
+14). For a new task (Table 1) the support is split into Sup_s and Sup_q, some times over, and the winner adapts to the
+whole of it.
+
+So a training task gets whichever initialisation suits its few query labels, noise included, which no new task can
+know: the clusters drift to what a support cannot tell. By default the support decides in training too, as for a new
+task. And the more steps are made before they are compared, the less the initialisations differ; by default none, so
+that no row need be held out: the initialisation wins that predicts the whole support best.
 
 Shape letters: K initialisations, P numbers of one, b tasks, S support rows.
 """
@@ -98,7 +104,7 @@ class HML(Method):
 
     def grouped_loss(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
         starts = self._bound(batch)
-        groups = [self._own_query(block, starts) for block in batch]
+        groups = [self._of_training(block, starts) for block in batch]
         losses = [self._own_loss(block, starts, group) for block, group in zip(batch, groups, strict=True)]
         if not losses:
             return self.initial.new_zeros(0), self.sizes.new_zeros(0)
@@ -112,7 +118,7 @@ class HML(Method):
         starts = self._bound(batch)
         states = []
         for block in batch:
-            cluster = self._assign(block, starts)
+            cluster = self._of_support(block, starts)
             parts = []
             for k, rows in self._members(cluster):
                 mine = block if rows is None else block.take(rows)
@@ -137,10 +143,10 @@ class HML(Method):
     # ---- clusters
 
     @torch.no_grad()
-    def query_losses(self, batch: TaskBatch) -> Tensor:
-        """Query loss [B, K] of each task after adaptation from each initialisation, in block order, without graph."""
+    def clusters(self, batch: TaskBatch) -> Tensor:
+        """The cluster of each training task: int64 [B], in block order."""
         starts = self._bound(batch)
-        return torch.cat([self.initial.new_zeros(0, self.groups), *(self._query_losses(b, starts) for b in batch)])
+        return torch.cat([self.sizes.new_zeros(0), *(self._of_training(block, starts) for block in batch)])
 
     @torch.no_grad()
     def tastes(self, batch: TaskBatch, probes: Tensor, k: int) -> Tensor:
@@ -188,25 +194,29 @@ class HML(Method):
         """[b, K]."""
         return torch.stack([start.loss(block, self.options.htc_steps) for start in starts], 1)
 
-    def _own_query(self, block: TaskBlock, starts: list[Start]) -> Tensor:
+    def _of_training(self, block: TaskBlock, starts: list[Start]) -> Tensor:
         """The cluster of each training task [b]; ties go to the lowest."""
-        return self._query_losses(block, starts).argmin(1) if self._several else torch.zeros_like(block.task)
+        if self._several and self.options.htc == "query":
+            return self._query_losses(block, starts).argmin(1)
+        return self._of_support(block, starts)
 
     @property
     def _several(self) -> bool:
         return self.groups > 1 and bool(self.apart)
 
-    def _assign(self, block: TaskBlock, starts: list[Start]) -> Tensor:
+    @torch.no_grad()
+    def _of_support(self, block: TaskBlock, starts: list[Start]) -> Tensor:
         """The cluster of each task [b] from its support alone: mean loss on Sup_q after adaptation to Sup_s."""
-        b = len(block.task)
         if not self._several:
             return torch.zeros_like(block.task)
-        count = block.support.mask.sum(1)
-        total = self.initial.new_zeros(b, self.groups)
-        for held in self._held_out(block):
-            support, query = (replace(block.support, mask=block.support.mask & m) for m in (~held, held))
+        mask, none = block.support.mask, torch.zeros_like(block.support.mask)
+        # without a step there is nothing to hold rows back from
+        splits = [(~held, held) for held in self._held_out(block)] if self.options.htc_steps else [(none, ~none)]
+        total = self.initial.new_zeros(len(block.task), self.groups)
+        for sides in splits:
+            support, query = (replace(block.support, mask=mask & side) for side in sides)
             total += self._query_losses(replace(block, support=support, query=query), starts)
-        return torch.where(count < 2, self.sizes.argmax(), total.argmin(1))
+        return torch.where(mask.sum(1) < 2, self.sizes.argmax(), total.argmin(1))
 
     def _held_out(self, block: TaskBlock) -> Tensor:
         """Which support rows are Sup_q's in each of the draws: bool [draws, b, S]; a hash of (task, row, draw)."""

@@ -114,8 +114,14 @@ class HML(Gradient):
     own: str = option(
         "decision", "What each has of its own: the decision layers, or all layers and embeddings.", ("decision", "all")
     )
-    htc_steps: int = option(1, "Inner steps before the initialisations are compared on a task.", least=0)
-    draws: int = option(5, "Splits of a new task's support by which its initialisation is chosen.", least=1)
+    htc: str = option(
+        "support", "What assigns a training task: its support, as a new task's, or its query, as in the paper.",
+        ("support", "query"),
+    )  # fmt: skip
+    htc_steps: int = option(
+        0, "Inner steps before the initialisations are compared on a task; the paper's one or a few.", least=0
+    )
+    draws: int = option(5, "Splits of a support by which its task is assigned, where --htc-steps are made.", least=1)
     sum_clusters: bool = option(False, "An initialisation learns from its tasks' sum, as printed, not from their mean.")
     warm_epochs: int = option(3, "Epochs of one common solution, which all start from; 0: K random ones.", least=0)
     survey_epochs: int = option(1, "Assign all training tasks anew after every N epochs.", least=1)

@@ -61,6 +61,13 @@ class Survey:
         self.cluster: Ints = np.zeros(0, np.int64)
         """Every training task's id, ascending, and its cluster; empty before the first survey."""
         self.calm = 0
+        self.parted = False
+        """Whether the last call of `after` made the K."""
+
+    @property
+    def beginning(self) -> bool:
+        """Whether the initialisations have parted just now, or are one yet."""
+        return not self.method.apart or self.parted
 
     @property
     def settled(self) -> bool:
@@ -77,13 +84,15 @@ class Survey:
         """Survey where epoch `epoch` (from 0) ends with one: the clusters' sizes, the share of tasks that changed
         cluster since the last one (None for the first), and the clusters that were made anew, all K at first."""
         o, k = self.method.options, self.method.groups
+        self.parted = False
         first = not self.method.apart
         if (epoch + 1 < o.warm_epochs) if first else (epoch + 1 - o.warm_epochs) % o.survey_epochs:
             return None
         made = list(range(k)) if first else []
         if first:
             self._make(0, made, epoch)
-            self.method.apart.fill_(True)
+            self.method.apart.copy_(torch.tensor(True))
+            self.parted = True
         churn, sizes = self._assign()
         if not first:
             made = np.flatnonzero(sizes < o.dead_share * len(self.task) / k).tolist()
@@ -98,7 +107,7 @@ class Survey:
         ids, cluster = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         for batch in self._batches():
             ids.append(_tasks(batch))
-            cluster.append(self.method.query_losses(batch).argmin(1).cpu().numpy())
+            cluster.append(self.method.clusters(batch).cpu().numpy())
         task, now = (self._gathered(np.concatenate(a)) for a in (ids, cluster))
         order = task.argsort()
         before, self.task, self.cluster = self.cluster, task[order], now[order]

@@ -243,8 +243,8 @@ class _Training:
         self._caught_up()
         with self.times.phase("validation"):
             clusters = self.survey.after(self.epoch) if self.survey else None
-            if clusters and clusters["churn"] is None:
-                state.best, state.stale = None, 0  # from here on there is more than one common solution to judge
+            if self.survey and self.survey.beginning:
+                state.best, state.stale = None, 0  # a common start is no result of clusters yet
             mae, mse = validate(self.method, self.valid.evaluation(), self.label, self.exchange, self.device)
         if self.valid.n_tasks and not math.isfinite(mae):
             raise RunError(f"epoch {self.epoch + 1}: predictions for the validation tasks are not finite; {_DIVERGED}")

@@ -78,7 +78,7 @@ def kept(run: str, batch: int) -> tuple[NDArray[Any], NDArray[Any]]:
     if "index.vector" not in state or len(state["index.vector"]) < 2 * batch:
         raise UserError(f"{where}: no checkpoint with an index of {2 * batch} users or more; train at-paml longer")
     vectors = np.random.default_rng(0).permutation(state["index.vector"].numpy())
-    asking = min(8 * batch, len(vectors) // 2)
+    asking = min(8 * batch, len(vectors) // 4)
     return vectors[asking:], vectors[:asking]
 
 

@@ -182,12 +182,15 @@ class Neighbours(Memory):
     def _empty(self, width: int, dtype: Any, clock: int = 0) -> None:
         """No nodes, of this width. Memory beyond the nodes in use is never touched, so it costs nothing."""
         self.size, self.clock = 0, clock
-        self.key = np.empty(self.capacity, np.int64)
-        self.vector = np.empty((self.capacity, width), dtype)
-        self.rate = np.empty(self.capacity, dtype)
-        self.last = np.empty(self.capacity, np.int32)
+        try:
+            self.key = np.empty(self.capacity, np.int64)
+            self.vector = np.empty((self.capacity, width), dtype)
+            self.rate = np.empty(self.capacity, dtype)
+            self.last = np.empty(self.capacity, np.int32)
+            self.cells = Cells(self.capacity, width, dtype)
+        except (MemoryError, ValueError):
+            raise UserError(f"--capacity {self.capacity}: no memory for so many users; lower it") from None
         self.slots = Slots(self.key[:0])
-        self.cells = Cells(self.capacity, width, dtype)
         self.counts, self.ages = np.zeros(3, np.int64), np.zeros(BINS, np.int64)
 
     def _search(self, queries: Floats, own: Ints) -> tuple[Ints, Floats]:

@@ -17,7 +17,7 @@ LIMIT = 256
 """Vectors a cell."""
 LEAST = LIMIT // 16
 """A cell with fewer is given up; neither half of a split has fewer."""
-PROBES = 8
+PROBES = 10
 """Cells that a query looks through."""
 AROUND = 64
 """Centres that the vectors of a cell are compared with when it was split."""
@@ -116,8 +116,8 @@ class Cells:
 
     def _rounded(self) -> tuple[float, Floats, Floats]:
         """A grid's unit, the centres [cells, d] in it times −2, and their squared norms [cells]; inf where empty."""
-        largest = np.abs(self.centre).max() * self.centre.shape[1] ** 0.5
-        unit = 2.0 ** np.ceil(np.log2(max(float(largest), 1e-30))) / GRID
+        largest = float(np.abs(self.centre).max()) * self.centre.shape[1] ** 0.5
+        unit = 2.0 ** np.ceil(np.log2(max(largest, 1e-30))) / GRID
         centre = np.rint(self.centre.astype(np.float64) / unit)
         return unit, -2 * centre, np.where(self.count > 0, np.einsum("cd,cd->c", centre, centre), np.inf)
 

@@ -100,7 +100,7 @@ class Command:
     def _run(self, argv: tuple[str, ...]) -> None:
         self.status = cli.main(argv)
 
-    def wait(self, until: Callable[[], Any], seconds: float = 90) -> Any:
+    def wait(self, until: Callable[[], Any], seconds: float = 240) -> Any:
         """What `until` gives, once that is true; fails where the command ends before, or time runs out."""
         deadline = time.monotonic() + seconds
         while not (value := until()):

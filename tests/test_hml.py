@@ -195,6 +195,9 @@ def test_training_tasks_may_be_assigned_as_new_ones_are(steps):
     others, same = method.grouped_loss(replace(batch, blocks=(replace(batch.blocks[0], query=blank),)))
     assert torch.equal(group, same)
     assert not torch.equal(losses, others)
+    louder = replace(batch.blocks[0].support, label=batch.blocks[0].support.label + 3)
+    (moved,) = method.adapt(replace(batch, blocks=(replace(batch.blocks[0], support=louder),)))
+    assert torch.equal(moved.cluster, group) == (steps == 0), "before any step the user's level counts for nothing"
 
 
 # ---- surveys
@@ -223,7 +226,7 @@ class Script:
 
 
 def test_surveys_count_churn_and_settle(monkeypatch, small):
-    script = Script(monkeypatch, small, survey_epochs=2, dead_share=0.0)
+    script = Script(monkeypatch, small, survey_epochs=2, dead_share=0.0, until_settled=True)
     n = len(script.tasks())
     script.cluster = np.arange(n) % 3
     assert script.survey.after(0) is None
@@ -385,9 +388,9 @@ def test_workers_part_and_survey_as_one_does(tmp_path, small, monkeypatch):
 def test_training_ends_when_the_clusters_stand_still(tmp_path, small, monkeypatch):
     monkeypatch.setattr(clusters, "SETTLED", 1.1)
     flags = {**FAST, "dead_share": 0.0}
-    outcome, _, _ = run(tmp_path / "settled", small, epochs=8, **flags)
+    outcome, _, _ = run(tmp_path / "settled", small, epochs=8, until_settled=True, **flags)
     assert (outcome.ended, outcome.epochs) == ("converged", 3)
-    outcome, _, _ = run(tmp_path / "on", small, epochs=5, until_settled=False, **flags)
+    outcome, _, _ = run(tmp_path / "on", small, epochs=5, **flags)
     assert (outcome.ended, outcome.epochs) == ("epochs", 5)
 
 

@@ -9,12 +9,12 @@ whole of it.
 So a training task gets whichever initialisation suits its few query labels, noise included, which no new task can
 know: the clusters drift to what a support cannot tell. By default the support decides in training too, as for a new
 task. And the more steps are made before they are compared, the less the initialisations differ; by default none, so
-that no row need be held out: the initialisation wins that predicts the whole support best.
+that no row need be held out: the initialisation wins that predicts the whole support best, but for the user's level.
 
 Shape letters: K initialisations, P numbers of one, b tasks, S support rows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,6 +64,16 @@ class Start:
         """Query loss [b] after so many inner steps; None: as many as the options say."""
         outputs = self.model.outputs(block, self.encoded, self.adapt(block, steps))
         return self.model.head.error(outputs, block.query)
+
+    def fit(self, block: TaskBlock) -> Tensor:
+        """Loss [b] on the support before any step; of ratings, about the user's own level, which every initialisation
+        adapts to, so that clusters are of tastes."""
+        rows = block.support
+        outputs = self.model.outputs(replace(block, query=rows), self.encoded, self.adapt(block, 0))
+        if self.model.dataset.label.kind == "rating":
+            count = rows.mask.sum(1, keepdim=True).clamp(min=1)
+            outputs = outputs - ((outputs - rows.label) * rows.mask).sum(1, keepdim=True) / count
+        return self.model.head.error(outputs, rows)
 
 
 class HML(Method):
@@ -206,17 +216,20 @@ class HML(Method):
 
     @torch.no_grad()
     def _of_support(self, block: TaskBlock, starts: list[Start]) -> Tensor:
-        """The cluster of each task [b] from its support alone: mean loss on Sup_q after adaptation to Sup_s."""
+        """The cluster of each task [b] from its support alone; of fewer than two rows, the largest."""
         if not self._several:
             return torch.zeros_like(block.task)
-        mask, none = block.support.mask, torch.zeros_like(block.support.mask)
-        # without a step there is nothing to hold rows back from
-        splits = [(~held, held) for held in self._held_out(block)] if self.options.htc_steps else [(none, ~none)]
-        total = self.initial.new_zeros(len(block.task), self.groups)
-        for sides in splits:
-            support, query = (replace(block.support, mask=mask & side) for side in sides)
-            total += self._query_losses(replace(block, support=support, query=query), starts)
-        return torch.where(mask.sum(1) < 2, self.sizes.argmax(), total.argmin(1))
+        if self.options.htc_steps:
+            losses = torch.stack([self._query_losses(split, starts) for split in self._splits(block)]).sum(0)
+        else:
+            losses = torch.stack([start.fit(block) for start in starts], 1)
+        return torch.where(block.support.mask.sum(1) < 2, self.sizes.argmax(), losses.argmin(1))
+
+    def _splits(self, block: TaskBlock) -> Iterator[TaskBlock]:
+        """The block with Sup_s for its support and Sup_q for its query, once for each draw."""
+        for held in self._held_out(block):
+            support, query = (replace(block.support, mask=block.support.mask & side) for side in (~held, held))
+            yield replace(block, support=support, query=query)
 
     def _held_out(self, block: TaskBlock) -> Tensor:
         """Which support rows are Sup_q's in each of the draws: bool [draws, b, S]; a hash of (task, row, draw)."""

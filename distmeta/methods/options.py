@@ -123,9 +123,11 @@ class HML(Gradient):
     )
     draws: int = option(5, "Splits of a support by which its task is assigned, where --htc-steps are made.", least=1)
     sum_clusters: bool = option(False, "An initialisation learns from its tasks' sum, as printed, not from their mean.")
-    warm_epochs: int = option(3, "Epochs of one common solution, which all start from; 0: K random ones.", least=0)
+    warm_epochs: int = option(5, "Epochs of one common solution, which all start from; 0: K random ones.", least=0)
     survey_epochs: int = option(1, "Assign all training tasks anew after every N epochs.", least=1)
-    until_settled: bool = option(True, "End when less than 0.5 % of them changed initialisation, twice in succession.")
+    until_settled: bool = option(
+        False, "End when less than 0.5 % of them changed initialisation twice in succession, as in the paper."
+    )
     dead_share: float = option(
         0.1, "An initialisation with less than this part of an equal share of the tasks is made anew.", least=0, most=1
     )

@@ -1,7 +1,7 @@
 """The clusters of HML over all training tasks: who belongs to whom, whether that has settled, and new starts.
 
-Per-task draws aside, a survey is the assignment step of paper 000 (§2.1.1), over every training task of all workers
-and with a split that stays the same, so that two surveys can be compared. It also makes initialisations, because
+A survey is the assignment step of paper 000 (§2.1.1), over every training task of all workers and with a split that
+stays the same, so that two surveys can be compared. It also makes initialisations, because
 neither of the obvious starts works: from K equal ones no task ever has a reason to leave the first; of K random ones
 the luckiest learns from most tasks and wins the others too. So the K part from one common solution. How that predicts
 some probe items after adapting to a task is the task's taste; k-means finds the tastes' groups; and each group's
@@ -180,10 +180,13 @@ def k_means(points: Floats, n: int, seed: int) -> Ints:
         for _ in range(ROUNDS):
             member = np.eye(n)[_distances(points, centres).argmin(1)]
             count = member.sum(0)[:, None]
-            centres = np.where(count > 0, member.T @ points / np.maximum(count, 1), centres)
+            before, centres = centres, np.where(count > 0, member.T @ points / np.maximum(count, 1), centres)
+            if np.array_equal(before, centres):
+                break
         distance = _distances(points, centres)
-        if distance.min(1).sum() < best:
-            best, groups = distance.min(1).sum(), distance.argmin(1)
+        error = float(distance.min(1).sum())
+        if error < best * (1 - 1e-6):  # of runs that end in the same groups the first, whatever the last bits say
+            best, groups = error, distance.argmin(1)
     return groups
 
 

@@ -1,12 +1,13 @@
 """The clusters of HML over all training tasks: who belongs to whom, whether that has settled, and new starts.
 
 A survey is the assignment step of paper 000 (§2.1.1), over every training task of all workers and with a split that
-stays the same, so that two surveys can be compared. It also makes initialisations, because
-neither of the obvious starts works: from K equal ones no task ever has a reason to leave the first; of K random ones
-the luckiest learns from most tasks and wins the others too. So the K part from one common solution. How that predicts
-some probe items after adapting to a task is the task's taste; k-means finds the tastes' groups; and each group's
-initialisation is the common one moved by the mean of what it moves by when it adapts to the group's tasks. A dead
-initialisation is made the same way out of the largest cluster's tasks.
+stays the same, so that two surveys can be compared.
+
+It also makes initialisations. From K equal ones no task has a reason to leave the first; K random ones find planted
+tastes, but each has learned from a part of the tasks only (a little worse, measured). So the K part from one common
+solution. How that predicts some probe items after adapting to a task is the task's taste; k-means finds groups of
+tastes; each group's initialisation is the common one, moved by the mean of what it moves by when it adapts to the
+group's tasks. A dead initialisation is made the same way, out of the largest cluster's tasks.
 """
 
 import json

@@ -100,6 +100,9 @@ def train(
             raise UserError(f"{table.location}: no training tasks; choose another --protocol or a larger dataset")
         if method.groups > tasks.n_tasks:
             raise UserError(f"--clusters {method.groups}: there are {tasks.n_tasks} training tasks; ask for fewer")
+        warm = getattr(config.method_options, "warm_epochs", 0)
+        if method.groups > 1 and o.epochs <= warm and exchange.rank == 0:
+            log(f"--epochs {o.epochs}: the clusters part after --warm-epochs {warm}, so all tasks stay with one")
         training = _Training(
             config, run, method, tasks, valid, table.split_hash, exchange, log, dataset.label, device, fence
         )

@@ -36,6 +36,8 @@ FLAGS = [
     "60",
 ]
 LONG = {
+    "hml": ["--epochs", "14"],
+    "at-paml": ["--epochs", "14"],
     "melu": ["--epochs", "40"],
     "metacs": ["--epochs", "20"],
     "transfer": ["--epochs", "40"],
@@ -44,6 +46,8 @@ LONG = {
 }
 """What makes training on the small dataset last for seconds, so that there is something to kill."""
 
+ALIKE = {"metasgd", "paml", "reg-paml", "constant", "itemmean", "itempop"}
+"""They differ from melu or bias in arithmetic alone, which test_parity has; a kill costs half a minute each."""
 SHARING = [name for name in METHODS if method_class(name).memories is not Method.memories]
 """Methods whose tasks share a state."""
 
@@ -96,7 +100,7 @@ def cli_config(words: list[str]) -> Any:
     return train.parse(words[1:])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ALIKE])
 def test_killed_worker(tmp_path, suits, nodes, capfd, method):
     """Invariants 2 and 4: a worker is killed mid-run, and the run ends in the bits of one that nothing happened to."""
     flags, closed, small = LONG.get(method, []), issubclass(method_class(method), ClosedForm), suits(method)

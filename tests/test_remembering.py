@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +170,7 @@ class Mortal(Servers):
         self.left, self.lock = death, threading.Lock()
         self.said: list[str] = []
 
-    def ask(self, method: str, each: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def begin(self, method: str, each: Sequence[tuple[Any, ...]]) -> Callable[[], list[Any]]:
         with self.lock:
             self.left -= 1
             if not self.left:
@@ -178,7 +178,7 @@ class Mortal(Servers):
                 for hosted in dead[0]._hosted.values():
                     hosted.close()  # who waits there meets its death at once
         try:
-            return super().ask(method, each)
+            return super().begin(method, each)
         except StateLost as e:
             self.said.append(str(e))
             raise

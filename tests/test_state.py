@@ -1,7 +1,7 @@
 """The server of a shared state: one call a step, generations, staleness, shards, duplicates, who is missing."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -82,14 +82,14 @@ def by_task(told: Sequence[Arrays]) -> list[tuple[Any, ...]]:
 class Twice(Servers):
     """Every call is sent twice, at once: one of them is the retry."""
 
-    def ask(self, method: str, each: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def begin(self, method: str, each: Sequence[tuple[Any, ...]]) -> Callable[[], list[Any]]:
         if method in ("snapshot", "report"):
-            return super().ask(method, each)
+            return super().begin(method, each)
         with ThreadPoolExecutor(2) as pool:
-            first, second = (pool.submit(super(Twice, self).ask, method, each) for _ in range(2))
-        for a, b in zip(first.result(), second.result(), strict=True):
+            first, second = (pool.submit(super(Twice, self).begin, method, each) for _ in range(2))
+        for a, b in zip(first.result()(), second.result()(), strict=True):
             assert a == b if not isinstance(a, dict) else same(a, b)
-        return [*super().ask(method, each)] if method == "call" else first.result()
+        return super().begin(method, each) if method == "call" else first.result()
 
 
 def remotely(world: int, shards: int = 1, lag: int = 0, kind: type[Servers] = Servers) -> tuple[Any, Arrays]:

@@ -18,9 +18,17 @@ Arrays = dict[str, NDArray[Any]]
 class Memory(ABC):
     """A state that all workers share."""
 
+    alike: bool = False
+    """Whether every request is the same, {}, whatever the tasks, so that the next answer can be fetched while the
+    workers compute."""
+    prompt: str = ""
+    """The option that makes a write hold only for the state that was read in the same step, so that none may be stale;
+    "" where a stale read does no harm."""
+
     @abstractmethod
     def read(self, request: Arrays) -> Arrays:
-        """The answer to each task of `request` (of any number, none too). Changes nothing."""
+        """The answer to each task of `request` (of any number, none too). Changes nothing, and does not change when the
+        memory goes on; among workers it may be read-only."""
 
     @abstractmethod
     def merge(self, writes: Sequence[Arrays]) -> None:
@@ -74,6 +82,16 @@ class Shared:
         """What this step's tasks wrote, once a step and after its reads; applied before the next step's."""
         self.flush()
         self.pending = writes
+
+    def advance(self) -> None:
+        """The step is over and its writes hold: called once a step, after `write`, on every worker.
+
+        A chance to fetch what the next step reads while this worker goes on; nothing to do in this process.
+        """
+
+    def discard(self) -> None:
+        """Forget what this step wrote (it failed, and was not advanced from); reads answer as they did in it."""
+        self.pending = None
 
     def flush(self) -> None:
         """Have everything written so far applied; among workers, all call it."""

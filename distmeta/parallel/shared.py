@@ -1,8 +1,10 @@
 """Shared state as a worker reaches it: the memory is in servers, one a shard; every worker talks to all of them."""
 
 import copy
+import functools
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from distmeta.config import TrainOptions
@@ -22,13 +24,20 @@ class Servers:
     def __len__(self) -> int:
         return len(self.servers)
 
-    def ask(self, method: str, each: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """What every server answers to `method`, given its own arguments; all are asked at once.
+    def begin(self, method: str, each: Sequence[tuple[Any, ...]]) -> Callable[[], list[Any]]:
+        """Ask every server `method`, given its own arguments, all at once; their answers when they are called for.
+
+        Objects of this process answer before this returns.
 
         Raises:
-            StateError: a server cannot go on with this group of workers.
+            StateError: a server cannot go on with this group of workers; from here or from what is returned.
         """
-        return [getattr(server, method)(*args) for server, args in zip(self.servers, each, strict=True)]
+        answers = [getattr(server, method)(*args) for server, args in zip(self.servers, each, strict=True)]
+        return lambda: answers
+
+    def ask(self, method: str, each: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """What every server answers, waited for; see `begin`."""
+        return self.begin(method, each)()
 
 
 class Remote(Shared):
@@ -48,22 +57,26 @@ class Remote(Shared):
     def read(self, request: Arrays) -> Arrays:
         """The memory's answer; the first read after a write hands that over with the request, in one call."""
         writes, self.pending = self.pending, None
-        until = None if writes is None else self.step - self.staleness
-        answers = self._call(writes, request, until)
-        return answers[0] if len(answers) == 1 else self.memory.combine(answers)
+        return self._begin(writes, request, None if writes is None else self.step - self.staleness)()
 
     def write(self, writes: Arrays) -> None:
         """What this step's tasks wrote, once a step and after its reads; handed over with the next step's read."""
         if self.pending is not None:  # no task here read anything
-            self._call(self.pending, None, None)
+            self._begin(self.pending, None, None)()
         self.pending = writes
         self.step += 1
+
+    def discard(self) -> None:
+        """Forget what this step wrote; reads answer as they did in it."""
+        if self.pending is not None:
+            self.pending = None
+            self.step -= 1
 
     def flush(self) -> None:
         """Have everything that any worker has written so far applied; all workers call it."""
         if self.pending is not None:
             writes, self.pending = self.pending, None
-            self._call(writes, None, self.step)
+            self._begin(writes, None, self.step)()
 
     def snapshot(self) -> Arrays:
         """The memory's, everything applied (flush first); of several shards SHARD.KEY."""
@@ -98,11 +111,70 @@ class Remote(Shared):
     def _all(self, method: str) -> list[Any]:
         return self.servers.ask(method, [(self.name, self.generation)] * len(self.servers))
 
-    def _call(self, writes: Arrays | None, request: Arrays | None, until: int | None) -> list[Arrays]:
+    def _begin(self, writes: Arrays | None, request: Arrays | None, until: int | None) -> Callable[[], Arrays]:
+        """Call all servers (see Server.call); the answer when it is called for, {} without a request."""
         n = len(self.servers)
         routed = [writes] * n if n == 1 or writes is None else self.memory.route(writes, n)
         head = (self.name, self.generation, self.step, self.exchange.rank)
-        return self.servers.ask("call", [(*head, mine, request, until) for mine in routed])
+        answers = self.servers.begin("call", [(*head, mine, request, until) for mine in routed])
+        combine = self.memory.combine if n > 1 and request is not None else _first
+        return functools.cache(lambda: combine(answers()))
+
+
+class Ahead(Remote):
+    """A memory in servers that answers all requests alike: the next answer is fetched while the worker computes.
+
+    At its end a step hands over its writes with the request for the memory after them. That answer is read in the
+    next step, or `staleness` steps later, and then its way took place beside a whole step. Every read sees exactly
+    the steps before the last `staleness`, whether or not the workers wait for each other: a worker's call leaves when
+    its former one was answered, so nothing that a step must not see is in before each worker has that step's answer.
+    """
+
+    def __init__(self, name: str, memory: Memory, servers: Servers, exchange: Exchange, staleness: int = 0) -> None:
+        super().__init__(name, memory, servers, exchange, staleness)
+        self.ahead: deque[Callable[[], Arrays]] = deque(maxlen=staleness + 1)
+        """Answers asked for: the first is this step's, each later one sees one more step, the last one all. After a
+        flush or a restore there is one, which serves until as many as there may be were asked for."""
+
+    def read(self, request: Arrays) -> Arrays:
+        """The answer of this step, the same however often."""
+        self.advance()
+        return self._asked()[0]()
+
+    def write(self, writes: Arrays) -> None:
+        """What this step's tasks wrote, once a step and after its reads."""
+        self.advance()
+        super().write(writes)
+
+    def advance(self) -> None:
+        """Hand over what the step wrote, and ask for the memory with that in it; wait for neither."""
+        if self.pending is not None:
+            self._asked()[-1]()  # servers do not keep the order of calls: one at a time is under way
+            writes, self.pending = self.pending, None
+            self.ahead.append(self._begin(writes, {}, self.step))
+
+    def flush(self) -> None:
+        """Have everything that any worker has written so far applied; all workers call it."""
+        self.advance()
+        while len(self.ahead) > 1:
+            self.ahead.popleft()
+        for newest in self.ahead:
+            newest()
+
+    def restore(self, snapshot: Arrays) -> None:
+        """See Remote.restore; an answer that is under way is of the generation before, and dropped."""
+        self.ahead.clear()
+        super().restore(snapshot)
+
+    def _asked(self) -> deque[Callable[[], Arrays]]:
+        """`ahead`, at least the memory as it stands: no step goes into it without this worker's writes."""
+        if not self.ahead:
+            self.ahead.append(self._begin(None, {}, None))
+        return self.ahead
+
+
+def _first(answers: Sequence[Arrays]) -> Arrays:
+    return answers[0]
 
 
 def _of_shard(snapshot: Arrays, shard: int) -> Arrays:
@@ -116,10 +188,15 @@ def share(method: Method, options: TrainOptions, exchange: Exchange) -> None:
     All workers call it. Without servers the outcome is the same: shards and staleness then are of this process.
 
     Raises:
-        UserError: --state-shards of a memory that cannot be spread.
+        UserError: --state-shards of a memory that cannot be spread, --staleness with one that must not be stale.
         ValueError: several workers without servers, or other servers than --state-shards says.
     """
     memories, servers = method.memories(), exchange.servers
+    for memory in memories.values():
+        if options.staleness and memory.prompt:
+            raise UserError(
+                f"--staleness {options.staleness}: {memory.prompt} needs what the step itself read; leave it at 0"
+            )
     if servers is None or not memories:
         if memories and exchange.world > 1:
             raise ValueError(f"{method.name}: {exchange.world} workers share a state; they need a server of it")
@@ -129,7 +206,10 @@ def share(method: Method, options: TrainOptions, exchange: Exchange) -> None:
         servers = Servers([Server(options.exchange_timeout) for _ in range(options.state_shards)])
     if len(servers) != options.state_shards:
         raise ValueError(f"{len(servers)} servers for {options.state_shards} shards of the shared state")
-    made = {name: Remote(name, memory, servers, exchange, options.staleness) for name, memory in memories.items()}
+    made = {
+        name: (Ahead if memory.alike else Remote)(name, memory, servers, exchange, options.staleness)
+        for name, memory in memories.items()
+    }
     try:
         for remote in made.values():
             remote.restore(remote.snapshot())

@@ -3,7 +3,7 @@
 import os
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -57,15 +57,20 @@ class RayServers(Servers):
     def __len__(self) -> int:
         return len(self.actors)
 
-    def ask(self, method: str, each: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """See Servers.ask."""
-        self.exchange.since = time.monotonic()  # like an exchange: the others may be waited for here
+    def begin(self, method: str, each: Sequence[tuple[Any, ...]]) -> Callable[[], list[Any]]:
+        """See Servers.begin."""
         asked = [getattr(actor, method).remote(*args) for actor, args in zip(self.actors, each, strict=True)]
-        try:
-            answers = ray.get(asked, timeout=self.timeout + _LATER)
-        except RayTaskError as e:
-            raise e.cause from None
-        except (RayActorError, GetTimeoutError) as e:
-            raise StateLost(f"the shared state {each[0][0]} was lost: its server does not answer ({e})") from None
-        self.exchange.since = None
+        name = each[0][0]  # and not `each`, which holds a step's writes
+
+        def answers() -> list[Any]:
+            self.exchange.since = time.monotonic()  # like an exchange: the others may be waited for here
+            try:
+                found = ray.get(asked, timeout=self.timeout + _LATER)
+            except RayTaskError as e:
+                raise e.cause from None
+            except (RayActorError, GetTimeoutError) as e:
+                raise StateLost(f"the shared state {name} was lost: its server does not answer ({e})") from None
+            self.exchange.since = None
+            return found
+
         return answers

@@ -187,8 +187,10 @@ class MetaUpdate:
         loss, count, *rest = torch.cat([self.tail, torch.linalg.vector_norm(norms, dim=0), norm[None]]).tolist()
         if not (math.isfinite(loss) and all(map(math.isfinite, rest))):
             for shared in self.method.shared.values():  # nothing more is written, and blame is found by reading
-                shared.pending = None
+                shared.discard()
             raise NotFinite("gradient" if math.isfinite(loss) else "loss", self._culprits(batch))
+        for shared in self.method.shared.values():  # what the next step reads comes while this one ends
+            shared.advance()
         counts, norms, norm = rest[:n], rest[n:-1], rest[-1]
         if sum(counts) != count:
             raise ValueError(f"{self.method.name}: grouped_loss gave a group outside of 0..{n - 1}")

@@ -1,16 +1,15 @@
 """Training with a shared state: any number of workers, stopped, elastic, its server lost; assessment; bad input."""
 
 import dataclasses
-import hashlib
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from tiny import digests, last, run_of
 
 from distmeta.data.loader import Loader, read_items
 from distmeta.errors import RunError, UserError
@@ -23,38 +22,8 @@ from distmeta.parallel.state import Server, StateError, StateLost
 from distmeta.parallel.update import MetaUpdate, build_method
 from distmeta.parallel.validation import read_metrics
 from distmeta.storage import Location
-from distmeta.tasks import TaskBatch
 
 NAME = "traces"
-
-
-def digests(run: Path) -> dict[str, str]:
-    return {str(f.relative_to(run)): hashlib.sha256(f.read_bytes()).hexdigest() for f in run.rglob("*.safetensors")}
-
-
-def run_of(
-    where: Path, small: Location, world: int = 1, servers: Servers | None = None, **flags: Any
-) -> trainer.Outcome:
-    """Train Remembering into `where`, or go on with what is there: with world 0 without any server."""
-    config, dataset, table = tiny.setting(small, "tiny", **flags)
-    run = Location.of(where).make_dir()
-
-    def work(exchange: Exchange) -> trainer.Outcome:
-        return trainer.train(config, run, dataset, small, table, exchange, lambda _: None)
-
-    if not world:
-        return work(Exchange())
-    done = tiny.together(world, work, servers)
-    for f in done:
-        if not isinstance(f.exception(), threading.BrokenBarrierError | None):
-            return f.result()
-    return done[0].result()
-
-
-def last(run: Path) -> dict[str, dict[str, torch.Tensor]]:
-    found = checkpoint.newest(Location.of(run))
-    assert found
-    return {p: checkpoint.load(Location.of(run), found, p) for p in ("params", "optimizer", "state")}
 
 
 def by_key(state: dict[str, torch.Tensor]) -> dict[int, tuple[float, int]]:
@@ -71,9 +40,7 @@ def remembering(monkeypatch) -> type[tiny.Tiny]:
 
 @pytest.fixture
 def in_float64(monkeypatch) -> None:
-    move = TaskBatch.to
-    monkeypatch.setattr(TaskBatch, "to", lambda self, device, dtype=None: move(self, device, torch.float64))
-    monkeypatch.setattr(trainer, "build_method", lambda *given: build_method(*given).double())
+    tiny.in_float64(monkeypatch)
 
 
 @pytest.mark.usefixtures("remembering", "in_float64")

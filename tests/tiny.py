@@ -1,5 +1,6 @@
-"""For tests of the trainer: a method so simple that one can see what it must do."""
+"""For tests of the trainer: methods so simple that one can see what they must do, and workers that are threads."""
 
+import hashlib
 import sys
 import threading
 import types
@@ -7,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from distmeta.exchange import Exchange
 from distmeta.memory.base import Arrays, Memory
 from distmeta.methods import METHODS, Entry
 from distmeta.methods.base import Method
+from distmeta.parallel import checkpoint, trainer
 from distmeta.parallel.shared import Servers
 from distmeta.parallel.state import Server
 from distmeta.storage import Location
@@ -158,11 +161,14 @@ class Remembering(Tiny):
     def memories(self) -> dict[str, Memory]:
         return {"traces": Traces()}
 
+    def recall(self, task: Tensor) -> Any:
+        """What is remembered for each task [b]."""
+        return self.shared["traces"].read({"key": (task % 11).numpy()})["value"].copy()
+
     def predict(self, state: list[Tensor], batch: TaskBatch) -> list[Tensor]:
         scores = []
         for score, block in zip(super().predict(state, batch), batch, strict=True):
-            found = self.shared["traces"].read({"key": (block.task % 11).numpy()})
-            recalled = torch.from_numpy(found["value"].copy()).to(score.dtype)
+            recalled = torch.from_numpy(self.recall(block.task)).to(score.dtype)
             if torch.is_grad_enabled():
                 self.noted.append((block.task, recalled.requires_grad_()))
             scores.append(score + recalled[:, None])
@@ -173,7 +179,44 @@ class Remembering(Tiny):
         grad = torch.cat([torch.zeros(0), *(r.grad for _, r in self.noted if r.grad is not None)])
         self.noted.clear()
         values = {"task": task, "key": task % 11, "value": 1.0 - grad.double()}
-        self.shared["traces"].write({k: v.numpy() for k, v in values.items()})
+        (shared,) = self.shared.values()
+        shared.write({k: v.numpy() for k, v in values.items()})
+
+
+class Mean(Memory):
+    """A decaying mean of all that was written, and how often: the same answer to all."""
+
+    alike = True
+
+    def __init__(self) -> None:
+        self.value, self.count = 0.0, 0
+
+    def read(self, request: Arrays) -> Arrays:
+        """{} -> {"value" [1], "count" [1]}."""
+        assert not request
+        return {"value": np.array([self.value]), "count": np.array([self.count])}
+
+    def merge(self, writes: Sequence[Arrays]) -> None:
+        """Of {"task" [b], "value" [b]} each."""
+        rows = [row for w in writes for row in zip(w["task"].tolist(), w["value"].tolist(), strict=True)]
+        for _, value in sorted(rows):
+            self.value, self.count = 0.7 * self.value + 0.3 * value, self.count + 1
+
+    def snapshot(self) -> Arrays:
+        return self.read({})
+
+    def restore(self, snapshot: Arrays) -> None:
+        self.value, self.count = snapshot["value"].item(), snapshot["count"].item()
+
+
+class Following(Remembering):
+    """Remembering whose tasks all read one mean of what all of them wrote."""
+
+    def memories(self) -> dict[str, Memory]:
+        return {"mean": Mean()}
+
+    def recall(self, task: Tensor) -> Any:
+        return np.repeat(self.shared["mean"].read({})["value"], len(task))
 
 
 class Meeting:
@@ -243,11 +286,76 @@ def together(world: int, work: Callable[[Exchange], Any], servers: Servers | Non
     return done
 
 
+class Later(Servers):
+    """Servers that are asked by threads of their own, as if they were elsewhere.
+
+    While `gate` is not set, what is asked does not arrive; `awaited` is set when somebody waits for an answer.
+    """
+
+    def __init__(self, servers: Sequence[Server]) -> None:
+        super().__init__(servers)
+        self.pool, self.gate, self.awaited = ThreadPoolExecutor(32), threading.Event(), threading.Event()
+        self.gate.set()
+
+    def begin(self, method: str, each: Sequence[tuple[Any, ...]]) -> Callable[[], list[Any]]:
+        arriving = super().begin
+
+        def on_its_way() -> list[Any]:
+            assert self.gate.wait(20)
+            return arriving(method, each)()
+
+        asked = self.pool.submit(on_its_way)
+
+        def answers() -> list[Any]:
+            self.awaited.set()
+            return asked.result(20)
+
+        return answers
+
+
 def setting(place: Location, method: str, **flags: Any) -> tuple[Config, Dataset, TaskTable]:
     """What `trainer.train` wants, for the dataset at `place`."""
     config = config_module.load(None, method, {"data": str(place), "threads": 1, "batch_size": 16, **flags})
     options = protocols.protocol_options(config.data)
     return config, Dataset.open(place), tasktable.make(place, config.data.protocol, config.data.split_seed, options)
+
+
+def run_of(
+    where: Path, small: Location, world: int = 1, servers: Servers | None = None, **flags: Any
+) -> trainer.Outcome:
+    """Train the registered `tiny` into `where`, or go on with what is there: with world 0 without any server."""
+    config, dataset, table = setting(small, "tiny", **flags)
+    run = Location.of(where).make_dir()
+
+    def work(exchange: Exchange) -> trainer.Outcome:
+        return trainer.train(config, run, dataset, small, table, exchange, lambda _: None)
+
+    if not world:
+        return work(Exchange())
+    done = together(world, work, servers)
+    for f in done:
+        if not isinstance(f.exception(), threading.BrokenBarrierError | None):
+            return f.result()
+    return done[0].result()
+
+
+def last(run: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The parts of the newest checkpoint."""
+    found = checkpoint.newest(Location.of(run))
+    assert found
+    return {p: checkpoint.load(Location.of(run), found, p) for p in ("params", "optimizer", "state")}
+
+
+def digests(run: Path) -> dict[str, str]:
+    """sha256 of all tensors of all checkpoints."""
+    return {str(f.relative_to(run)): hashlib.sha256(f.read_bytes()).hexdigest() for f in run.rglob("*.safetensors")}
+
+
+def in_float64(monkeypatch: Any) -> None:
+    """Have `trainer.train` compute in float64 for the length of a test."""
+    move, build = TaskBatch.to, trainer.build_method
+    monkeypatch.setattr(TaskBatch, "to", lambda self, device, dtype=None: move(self, device, torch.float64))
+    monkeypatch.setattr(trainer, "build_method", lambda *given: build(*given).double())
 
 
 def batch(tasks: int, seed: int, first: int = 0) -> TaskBatch:

@@ -134,16 +134,12 @@ class Encoded:
         self._bags = bags
         self._users: dict[int, tuple[TaskBlock, UserPlace]] = {}
 
-    def support(self, block: TaskBlock, detach: bool) -> tuple[UserPlace, ItemPlace]:
-        """Users and items of the support rows; without graph where `detach` (first order)."""
+    def place(self, block: TaskBlock, rows: Rows, detach: bool = False) -> tuple[UserPlace, ItemPlace]:
+        """Users of the block and items of some of its rows; without graph where `detach` (first order)."""
         if not detach:
-            return self._places(block, block.support, self._unique)
+            return self._user_place(block), ItemPlace(self._unique, self._bags, rows.item)
         with torch.no_grad():
-            return self._places(block, block.support, self._detached)
-
-    def query(self, block: TaskBlock) -> tuple[UserPlace, ItemPlace]:
-        """Users and items of the query rows."""
-        return self._places(block, block.query, self._unique)
+            return self._user_place(block), ItemPlace(self._detached, self._bags, rows.item)
 
     def users(self, block: TaskBlock) -> Tensor:
         """Embedded fields of the block's users side by side: [b, F · e]; without fields [b, 0]."""
@@ -156,9 +152,6 @@ class Encoded:
         rows = gather(self._unique.x, block.support.item)
         return torch.bmm(share.unsqueeze(1), rows).squeeze(1)
 
-    def _places(self, block: TaskBlock, rows: Rows, unique: Unique) -> tuple[UserPlace, ItemPlace]:
-        return self._user_place(block), ItemPlace(unique, self._bags, rows.item)
-
     def _user_place(self, block: TaskBlock) -> UserPlace:
         """The users of a block, looked up once for support and query; without a graph again where one is not wanted."""
         if not torch.is_grad_enabled():
@@ -169,16 +162,20 @@ class Encoded:
 
 
 class Decision(nn.Module):
-    """Fully connected layers with ReLU between them and one linear output a row.
+    """Fully connected layers with ReLU between them and one linear output a row, or several.
 
     Args:
+        slope: of the (leaky) ReLU below 0.
         wide: add a linear map of the features to the output, as Wide&Deep's (Cheng et al., 2016). Adapted, it gives
             a user a weight for every coordinate of an item's embedding, as matrix factorisation does.
     """
 
-    def __init__(self, d: int, hidden: Sequence[int], wide: bool = False) -> None:
+    def __init__(
+        self, d: int, hidden: Sequence[int], wide: bool = False, outputs: int = 1, slope: float = 0.0
+    ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise([d, *hidden, 1]))
+        self.slope = slope
+        self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise([d, *hidden, outputs]))
         self.wide = Linear(d, 1) if wide else None
         if self.wide is not None:
             with torch.no_grad():  # a tenth of a layer's usual start: the MLP speaks first
@@ -196,7 +193,7 @@ class Decision(nn.Module):
         return self.layers[-1].bias  # type: ignore[return-value]
 
     def forward(self, tape: Tape, *inputs: Node) -> Node:
-        """Predictions [b, R, 1] of the rows whose features are `inputs` side by side."""
+        """Outputs [b, R, C] of the rows whose features are `inputs` side by side."""
         first, *others = self.layers
-        deep = tape.chain(others, tape.linear(first, *inputs))  # type: ignore[arg-type]
+        deep = tape.chain(others, tape.linear(first, *inputs), self.slope)  # type: ignore[arg-type]
         return deep if self.wide is None else tape.add(deep, tape.linear(self.wide, *inputs))

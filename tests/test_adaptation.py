@@ -12,9 +12,11 @@ from torch import Tensor
 from distmeta.adaptation.cost import Plan
 from distmeta.adaptation.fast import FastWeights
 from distmeta.adaptation.features import Dense, Features, PerTask
-from distmeta.adaptation.inner import adapt, squared_error, squared_error_delta
+from distmeta.adaptation.inner import Turn, adapt, squared_error, squared_error_delta
 from distmeta.adaptation.maps import Linear, Table
+from distmeta.adaptation.norm import squared_norm
 from distmeta.adaptation.overlap import overlap
+from distmeta.adaptation.starts import Own
 from distmeta.adaptation.tape import Node, Tape
 from distmeta.errors import RunError
 from distmeta.methods import options
@@ -123,7 +125,9 @@ def test_squared_norm_of_the_inner_gradient(name):
     m, batch = method(name, steps=2, wide=True), oracle.batch(*RAGGED)
     encoded, ours, theirs = m.embedding.encode(batch), [], []
     for block, rates in zip(batch, m.rates(batch, encoded), strict=True):
-        m.fast_weights(block, encoded, rates, ours)
+        steps: list[Tensor] = []
+        m.fast_weights(block, encoded, rates, watch=lambda records, s=steps: s.append(squared_norm(records)))
+        ours.append(steps[0])
     oracle.losses(m, batch, norms=theirs)
     ours = torch.cat(ours)
     assert ours[3] == 0
@@ -141,7 +145,7 @@ def test_personal_initial_weights():
     from distmeta.adaptation.fast import Private
 
     fast = FastWeights({layer: 0.1}, lambda *_: True)
-    fast.linear[layer] = Private((start,), layer.bias.expand(2, 1, 1))
+    fast.linear[layer] = Private((start,), layer.bias.expand(2, 1, 1), True)
     tape = Tape(fast)
     out = tape.linear(layer, Node(Dense(x), needs=False))
     fast.step(tape.backward(out, squared_error_delta(out.part.rows().squeeze(-1), rows).unsqueeze(-1)))
@@ -215,7 +219,8 @@ def test_caveat_2_a_map_used_in_several_places_has_one_list_of_pairs():
     theirs = torch.autograd.grad(torch.stack(expected).sum(), leaves)
     for form in ("dual", "private"):
         places = At(left, PerTask), At(right, Dense)
-        fast = adapt(partial(forward, places=places), rows, rates, steps=3, first_order=False, plan=Plan(3, 4, form))
+        turns = [Turn(partial(forward, places=places), rows)] * 3
+        fast = adapt(turns, rates, first_order=False, plan=Plan(3, 4, form))
         y = forward(Tape(fast), places).part.rows().squeeze(-1)
         ours = torch.autograd.grad((y.square() * rows.mask).sum(), leaves)
         for a, b in zip(ours, theirs, strict=True):
@@ -251,7 +256,7 @@ def test_caveat_5_what_breaks_the_low_rank_takes_the_private_form():
     layer = Linear(4, 5).double()
     from distmeta.adaptation.fast import Private
 
-    moved = Private.of(layer).add(Features(Dense(x)), d, 0.5)
+    moved = Private.of(Own(layer)).add(Features(Dense(x)), d, 0.5)
     torch.testing.assert_close(moved.weights[0], layer.weight - 0.5 * x.transpose(1, 2) @ d)
     torch.testing.assert_close(moved.bias, layer.bias - 0.5 * d.sum(1, keepdim=True))
 
@@ -284,7 +289,7 @@ def test_masks_padding_changes_nothing_and_an_empty_support_leaves_the_shared_mo
     close(oracle.gradients(m.loss(together), m), oracle.gradients(m.loss(apart), m))
     empty = apart.blocks[3]
     encoded = m.embedding.encode(apart)
-    shared = m(Tape(FastWeights({}, lambda *_: False)), *encoded.query(empty)).part.rows().squeeze(-1)
+    shared = m(Tape(FastWeights({}, lambda *_: False)), *encoded.place(empty, empty.query)).part.rows().squeeze(-1)
     torch.testing.assert_close(m.loss(apart)[3:], squared_error(shared, empty.query))
 
 
@@ -340,7 +345,8 @@ def test_a_chain_equals_its_layers_one_by_one(slope, form, adapted):
     results = []
     for forward in (chained, one_by_one):
         support, query = Node(Dense(x), needs=False), Node(Dense(q), needs=False)
-        fast = adapt(partial(forward, node=support), rows, rates, steps=3, first_order=False, plan=Plan(3, 5, form))
+        turns = [Turn(partial(forward, node=support), rows)] * 3
+        fast = adapt(turns, rates, first_order=False, plan=Plan(3, 5, form))
         scores = forward(Tape(fast), query).part.rows()
         results.append((scores, torch.autograd.grad(scores.square().sum(), leaves, allow_unused=True)))
     (a, gradients), (b, expected) = results

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distmeta.adaptation.cost import Plan
 from distmeta.adaptation.features import Dense
-from distmeta.adaptation.inner import adapt, squared_error
+from distmeta.adaptation.inner import Turn, adapt, squared_error
 from distmeta.adaptation.maps import Linear
 from distmeta.adaptation.tape import Node, Tape
 from distmeta.errors import UserError
@@ -118,7 +118,7 @@ class Lemma:
             return tape.linear(self.model, zeros)
 
         rates = {self.model: alpha[:, None, None]}
-        fast = adapt(forward, self.rows, rates, steps=1, first_order=False, plan=Plan(1, 1))
+        fast = adapt([Turn(forward, self.rows)], rates, first_order=False, plan=Plan(1, 1))
         return squared_error(forward(Tape(fast)).part.rows().squeeze(-1), self.rows)
 
     def optimum(self, alpha: Tensor, learned: bool) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from distmeta.adaptation.features import Features, Gathered, PerTask
-from distmeta.adaptation.maps import Linear
+from distmeta.adaptation.maps import Layer
 
 WEIGHT_TRAFFIC = 10.0
 """Multiplications that cost as much time as writing, reading and differentiating one element of a private weight."""
@@ -48,6 +48,15 @@ def private_cost(s: int, q: int, t: int, d: int, h: int, stored: int) -> float:
     return PRIVATE_PRODUCT * (t * s + (t - 1) * s + q) * d * h + WEIGHT_TRAFFIC * t * stored * h
 
 
+def mix_costs(s: int, q: int, t: int, d: int, h: int, stored: int, slots: int) -> tuple[float, float]:
+    """What a layer that starts from a mix of slots costs besides: kept apart, and formed into a weight a task.
+
+    Apart, every pass and every δ W'ᵀ takes a product with each slot; formed, so does each of a weight's inputs, once,
+    and the first step's product is no longer shared.
+    """
+    return (2 * t * s + q) * d * h * slots, (slots + WEIGHT_TRAFFIC) * stored * h + PRIVATE_PRODUCT * s * d * h
+
+
 @dataclass(frozen=True)
 class Plan:
     """Sizes of a block, from which the form of each layer follows.
@@ -62,12 +71,17 @@ class Plan:
     query: int
     form: Literal["auto", "dual", "private"] = "auto"
 
-    def private(self, layer: Linear, x: Features, rows: int) -> bool:
-        """Whether `layer` gets private weights, given its support input and number of support rows."""
+    def private(self, layer: Layer, x: Features, rows: int, slots: int = 0) -> bool:
+        """Whether `layer` gets private weights, given its support input and number of support rows.
+
+        Args:
+            slots: of the mix that it starts from.
+        """
         if self.form != "auto":
             return self.form == "private"
-        stored, h = layer.weight.shape
+        stored, h = layer.shape
         d = sum(p.width for p in x.parts if not isinstance(p, PerTask))
         base = sum(p.width for p in x.parts if not isinstance(p, PerTask | Gathered))
         sizes = (rows, self.query, self.steps, d, h)
-        return private_cost(*sizes, stored) < dual_cost(*sizes, x.fixed, base)
+        more, formed = mix_costs(*sizes, stored, slots) if slots else (0.0, 0.0)
+        return private_cost(*sizes, stored) + formed < dual_cost(*sizes, x.fixed, base) + more

@@ -5,6 +5,7 @@ dual, as pairs (x_s, δ) with  x W' + b' = x W + b − Σ_pairs α (x x_sᵀ + 1
 private, as a weight matrix a task. A table is always dual.
 The step size α multiplies the Gram matrix, which is smaller than δ, and is the same in every step. One for each
 element of a dense layer breaks the low rank, so such a layer is private; a table's stays dual, e' = E[i] − A[i] ∘ Gδ.
+W and b are the shared ones, or each task's own to start from (starts.py).
 
 Shape letters: b tasks, R rows at hand, S support rows, d inputs, h outputs, e embedding width.
 """
@@ -19,9 +20,10 @@ from torch import Tensor
 from distmeta.adaptation import chain
 from distmeta.adaptation.features import Features, PerTask
 from distmeta.adaptation.lookup import gather
-from distmeta.adaptation.maps import Each, Linear, Map, Rate, Table
+from distmeta.adaptation.maps import Each, Layer, Linear, Map, Mix, Rate, Table
 from distmeta.adaptation.overlap import overlap
 from distmeta.adaptation.products import descend, descend_each, descend_weight, inner
+from distmeta.adaptation.starts import Mixed, Own, Start
 from distmeta.tasks import Bag
 
 
@@ -32,16 +34,16 @@ class Pair:
     x: Features
     delta: Tensor
     rate: Tensor | float
+    bias: bool = True
+    """Whether the layer has one that adapts."""
     grams: dict[tuple[int, bool], tuple[Features, Tensor]] = field(default_factory=dict)
 
     def gram(self, x: Features) -> Tensor:
         """−α (x x_sᵀ + 1) [b, R, S]; the +1 is the bias. Kept: the first layer's inputs return at every step."""
         key = (id(x), torch.is_grad_enabled())
         if key not in self.grams:
-            self.grams[key] = (
-                x,
-                (x.gram(self.x) + 1) * -self.rate,
-            )  # x is held, so its id is not given to another
+            gram = x.gram(self.x) + 1 if self.bias else x.gram(self.x)
+            self.grams[key] = (x, gram * -self.rate)  # x is held, so its id is not given to another
         return self.grams[key][1]
 
 
@@ -65,35 +67,31 @@ class FastLinear(Protocol):
         ...
 
 
-def base_input_delta(weight: Tensor, delta: Tensor, x: Features, part: int) -> Tensor:
-    """δ Wᵀ for one part of the input, with the shared W [d, h]."""
-    return torch.matmul(delta, x.slices(weight)[part].t())
-
-
 class Dual:
-    """Shared weights and pairs."""
+    """What the layer starts from, and pairs."""
 
-    def __init__(self, layer: Linear, pairs: tuple[Pair, ...] = ()) -> None:
-        self.layer = layer
+    def __init__(self, start: Start, pairs: tuple[Pair, ...] = ()) -> None:
+        self.start = start
         self.pairs = pairs
 
     def state(self) -> chain.State:
+        assert isinstance(self.start, Own)  # a layer that starts from a mix is in no chain
         xs, deltas = [pair.x.dense() for pair in self.pairs], [pair.delta for pair in self.pairs]
         x, delta = (xs[0], deltas[0]) if len(xs) == 1 else (torch.cat(xs, 1), torch.cat(deltas, 1))
-        tensors, rate = (self.layer.weight, self.layer.bias, x, delta), self.pairs[0].rate
+        tensors, rate = (*self.start.weights(), x, delta), self.pairs[0].rate
         if isinstance(rate, Tensor):
             return chain.State(chain.Pairs, (*tensors, rate))
         return chain.State(chain.Pairs, tensors, (rate,))
 
     def forward(self, x: Features) -> Tensor:
-        z = x.times(self.layer.weight, self.layer.bias)
+        z = self.start.times(x)
         for pair in self.pairs:
             gram = pair.gram(x)
             z = torch.baddbmm(z.expand(-1, gram.shape[1], -1), gram, pair.delta)
         return z
 
     def input_delta(self, delta: Tensor, x: Features, part: int) -> Tensor:
-        out = base_input_delta(self.layer.weight, delta, x, part)
+        out = self.start.input_delta(delta, x, part)
         for pair in self.pairs:
             coefficient = inner(delta, pair.delta) * pair.rate
             p = pair.x.cut_like(x)[part]
@@ -107,26 +105,30 @@ class Dual:
         assert not isinstance(rate, Each)
         for i, pair in enumerate(self.pairs):
             if pair.x is x:  # an input that does not move: its pairs share x_s and their δ add up
-                merged = Pair(x, pair.delta + delta, rate, pair.grams)
-                return Dual(self.layer, (*self.pairs[:i], merged, *self.pairs[i + 1 :]))
-        return Dual(self.layer, (*self.pairs, Pair(x, delta, rate)))
+                merged = Pair(x, pair.delta + delta, rate, pair.bias, pair.grams)
+                return Dual(self.start, (*self.pairs[:i], merged, *self.pairs[i + 1 :]))
+        return Dual(self.start, (*self.pairs, Pair(x, delta, rate, self.start.bias)))
 
 
 class Private:
-    """A weight matrix [b, d, h] and a bias [b, 1, h] a task; before its first step perhaps the shared ones.
+    """A weight matrix [b, d, h] and a bias [b, 1, h] a task; before its first step perhaps the shared ones. A layer
+    without a bias has zeros, which stay.
 
     The weights are kept as the slices that belong to the parts of the input, so that a part that is the same in all
     rows of a task is multiplied once a task.
     """
 
-    def __init__(self, weights: tuple[Tensor, ...], bias: Tensor) -> None:
+    def __init__(self, weights: tuple[Tensor, ...], bias: Tensor, adapts: bool) -> None:
         self.weights = weights
         self.bias = bias
+        self.adapts = adapts
+        """Whether the bias does."""
 
     @classmethod
-    def of(cls, layer: Linear) -> "Private":
-        """The shared weights: private ones from the first step on."""
-        return cls((layer.weight,), layer.bias)
+    def of(cls, start: Start) -> "Private":
+        """What the layer starts from; where that is shared, private from the first step on."""
+        weight, bias = start.weights()
+        return cls((weight,), bias, start.bias)
 
     def state(self) -> chain.State:
         return chain.State(chain.Private, (self._slices(None)[0], self.bias))
@@ -157,12 +159,12 @@ class Private:
         weights, bias = [], self.bias
         for i, (p, w) in enumerate(zip(x.parts, self._slices(x), strict=True)):
             d = delta.sum(1, keepdim=True) if isinstance(p, PerTask) else delta
-            if i == 0:
+            if i == 0 and self.adapts:
                 w, bias = descend(w, bias, p.rows(), d, rate)
             else:
                 w = descend_weight(w, p.rows(), d, rate)
             weights.append(w)
-        return Private(tuple(weights), bias)
+        return Private(tuple(weights), bias, self.adapts)
 
     def _add_each(self, x: Features, delta: Tensor, rate: Each) -> "Private":
         assert rate.bias is not None
@@ -170,7 +172,7 @@ class Private:
         for p, w, a in zip(x.parts, self._slices(x), x.slices(rate.weight), strict=True):
             d = total if isinstance(p, PerTask) else delta
             weights.append(descend_each(w, p.rows(), d, a))
-        return Private(tuple(weights), self.bias - rate.bias * total)
+        return Private(tuple(weights), self.bias - rate.bias * total, self.adapts)
 
 
 class FastTable:
@@ -226,8 +228,8 @@ class FastTable:
         return FastTable(self.table, self.rate, (*self.pairs, (bag, delta)))
 
 
-Form = Callable[[Linear, Features, int], bool]
-"""(layer, its support input, support rows) -> whether the layer gets private weights."""
+Form = Callable[[Layer, Features, int, int], bool]
+"""(layer, its support input, support rows, slots of its mix or 0) -> whether the layer gets private weights."""
 
 
 def _number(rate: Rate) -> Rate:
@@ -243,16 +245,33 @@ class FastWeights:
     Args:
         rates: step size of each adapted map, the same in every step: a number, a scalar parameter (learned),
             [b, 1, 1] (personal), or one for each parameter.
-        private: chooses the form of a dense layer when it takes its first step.
+        private: chooses the form of a dense layer when it takes its first step; of one that starts from a mix when it
+            is first used.
+        mixes: what tasks start from in layers where that is their own; a Blank must be among them.
     """
 
-    def __init__(self, rates: Mapping[Map, Rate], private: Form) -> None:
+    def __init__(self, rates: Mapping[Map, Rate], private: Form, mixes: Mapping[Layer, Mix] | None = None) -> None:
         self.rates = {m: _number(r) for m, r in rates.items()}
         self.private = private
-        self.linear: dict[Linear, FastLinear] = {}
+        self.mixes = mixes or {}
+        self.linear: dict[Layer, FastLinear] = {}
         self.tables: dict[Table, FastTable] = {}
         self.overlaps: dict[tuple[int, int], tuple[Bag, Bag, Tensor]] = {}
         self.inputs: dict[tuple[int, ...], Features] = {}
+
+    def of(self, layer: Layer, x: Features) -> FastLinear | None:
+        """What `layer` is now, about to be applied to x; None where it is as all tasks share it."""
+        if layer not in self.linear and layer in self.mixes:
+            self.linear[layer] = self._begun(layer, x, x.rows, self.rates.get(layer))
+        return self.linear.get(layer)
+
+    def _begun(self, layer: Layer, x: Features, rows: int, rate: Rate | None) -> FastLinear:
+        """`layer` before its first step, whose support input is x."""
+        own, mix = Own(layer) if isinstance(layer, Linear) else None, self.mixes.get(layer)
+        start = own if mix is None else Mixed(own, mix)
+        assert start is not None
+        chosen = isinstance(rate, Each) or self.private(layer, x, rows, 0 if mix is None else len(mix.weight))
+        return Private.of(start) if chosen else Dual(start)
 
     def state(self, layer: Linear) -> chain.State:
         """What `layer` is now, for a chain of layers."""
@@ -279,12 +298,11 @@ class FastWeights:
         for m, places in records.items():
             rate = self.rates[m]
             for x, delta in places:
-                if isinstance(m, Linear):
-                    assert isinstance(x, Features)
-                    if m not in self.linear:
-                        chosen = isinstance(rate, Each) or self.private(m, x, delta.shape[1])
-                        self.linear[m] = Private.of(m) if chosen else Dual(m)
-                    self.linear[m] = self.linear[m].add(x, delta, rate)
-                else:
+                if isinstance(m, Table):
                     assert isinstance(x, Bag)
                     self.tables[m] = self.tables.get(m, FastTable(m, rate)).add(x, delta)
+                else:
+                    assert isinstance(x, Features)
+                    if m not in self.linear:
+                        self.linear[m] = self._begun(m, x, delta.shape[1], rate)
+                    self.linear[m] = self.linear[m].add(x, delta, rate)

@@ -92,6 +92,12 @@ class Features:
         self.starts = [sum(p.width for p in parts[:i]) for i in range(len(parts))]
         self._products: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
 
+    @property
+    def rows(self) -> int:
+        """R; 1 where every part is per task."""
+        counts = [p.index.shape[1] if isinstance(p, Gathered) else p.x.shape[1] for p in self.parts]
+        return next((n for n in counts if n != 1), 1)
+
     def slices(self, weight: Tensor) -> list[Tensor]:
         """The rows of weight [..., d, h] that belong to each part."""
         return list(weight.split([p.width for p in self.parts], dim=-2))
@@ -127,7 +133,7 @@ class Features:
 
     def dense(self) -> Tensor:
         """The expanded input [b, R, d]."""
-        rows = max((n for n in (p.rows().shape[1] for p in self.parts) if n != 1), default=1)
+        rows = self.rows
         expanded = [p.rows().expand(-1, rows, -1) for p in self.parts]
         return expanded[0] if len(expanded) == 1 else torch.cat(expanded, dim=-1)
 

@@ -1,7 +1,8 @@
-"""The inner loop: k steps of gradient descent on the support loss of every task of a block at once."""
+"""The inner loop: steps of gradient descent on the support loss of every task of a block at once."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,9 +10,8 @@ from torch.nn import functional as F
 
 from distmeta.adaptation.cost import Plan
 from distmeta.adaptation.fast import FastWeights
-from distmeta.adaptation.maps import Map, Rate
-from distmeta.adaptation.norm import squared_norm
-from distmeta.adaptation.tape import Node, Tape
+from distmeta.adaptation.maps import Layer, Map, Mix, Rate
+from distmeta.adaptation.tape import Node, Records, Tape
 from distmeta.tasks import Rows
 
 
@@ -41,38 +41,47 @@ def _share(rows: Rows, dtype: torch.dtype) -> Tensor:
     return rows.mask.to(dtype).div_(rows.mask.sum(1, keepdim=True).clamp_(min=1))
 
 
+@dataclass(frozen=True)
+class Turn:
+    """One step: the rows that it looks at, and what predicts them."""
+
+    forward: Callable[[Tape], Node]
+    """Predicts the rows on a tape: a node of value [b, S, C]."""
+    rows: Rows
+
+
 def adapt(
-    forward: Callable[[Tape], Node],
-    support: Rows,
+    turns: Sequence[Turn],
     rates: Mapping[Map, Rate],
     *,
-    steps: int,
     first_order: bool,
     plan: Plan,
     delta: Callable[[Tensor, Rows], Tensor] = squared_error_delta,
-    norm: list[Tensor] | None = None,
+    mixes: Mapping[Layer, Mix] | None = None,
+    watch: Callable[[Records], None] | None = None,
 ) -> FastWeights:
-    """Fast weights of a block's tasks after `steps` full-batch gradient steps on the support.
+    """Fast weights of a block's tasks after a gradient step on each turn's rows (the whole support, as a rule).
 
     Args:
-        forward: predicts the support rows on a tape: a node of value [b, S, 1]. With `first_order` its inputs must
-            carry no graph (networks.py detaches them), as the stored inputs must not (adaptation.md, caveat 1).
+        turns: with `first_order` their inputs must carry no graph (networks.py detaches them), as the stored inputs
+            must not (adaptation.md, caveat 1).
         rates: step size of every adapted map; see FastWeights.
         first_order: leave the derivative of the inner gradients out of the meta-gradient. Gradients still reach
             the shared weights through the query pass, and the rates.
         plan: chooses dual or private weights, layer by layer.
-        delta: derivative of the support loss by the predictions, in differentiable operations.
-        norm: where given, ‖∂L/∂θ‖² [b] of the first step, over all adapted maps, is put into it; with graph unless
-            `first_order`.
+        delta: derivative of the support loss by the predictions [b, S], or [b, S, C] of several outputs, in
+            differentiable operations.
+        mixes: what tasks start from in layers where that is their own.
+        watch: is shown each step's (input, δ) of all adapted maps; with graph unless `first_order`.
     """
-    fast = FastWeights(rates, plan.private)
-    for step in range(steps):
+    fast = FastWeights(rates, plan.private, mixes)
+    for turn in turns:
         with torch.no_grad() if first_order else contextlib.nullcontext():
             tape = Tape(fast)
-            out = forward(tape)
+            out = turn.forward(tape)
             y = out.part.rows()
-            records = tape.backward(out, delta(y.squeeze(-1), support).unsqueeze(-1))
-            if norm is not None and step == 0:
-                norm.append(squared_norm(records))
+            records = tape.backward(out, delta(y.squeeze(-1), turn.rows).view_as(y))
+            if watch is not None:
+                watch(records)
         fast.step(records)
     return fast

@@ -16,9 +16,19 @@ class Linear(nn.Module):
 
     def __init__(self, d: int, h: int) -> None:
         super().__init__()
+        self.shape = d, h
         bound = 1 / math.sqrt(d)
         self.weight = nn.Parameter(torch.empty(d, h).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(h).uniform_(-bound, bound))
+
+
+class Blank(nn.Module):
+    """z = x W_u of shape [d, h] without a bias, for a layer that has no weights of its own: each task brings its own
+    to start from (a `Mix`)."""
+
+    def __init__(self, d: int, h: int) -> None:
+        super().__init__()
+        self.shape = d, h
 
 
 class Table(nn.Module):
@@ -29,7 +39,21 @@ class Table(nn.Module):
         self.weight = nn.Parameter(torch.randn(size, width) * scale)
 
 
-Map = Linear | Table
+Layer = Linear | Blank
+Map = Layer | Table
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Weights of its own that each task starts from: W_u = W + Σ_k c_uk M_k, and its bias likewise (paper 003, Eq. 4,
+    7 and 9). W is the layer's, 0 for a Blank. Neither c nor M carries a graph."""
+
+    coefficient: Tensor
+    """c [b, K]."""
+    weight: Tensor
+    """M [K, d, h]."""
+    bias: Tensor | None
+    """[K, h]; None for a Blank."""
 
 
 @dataclass(frozen=True)

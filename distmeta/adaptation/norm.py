@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distmeta.adaptation.features import Features, PerTask
-from distmeta.adaptation.maps import Linear, Map, Table
+from distmeta.adaptation.maps import Map, Table
 from distmeta.adaptation.overlap import overlap
 from distmeta.adaptation.products import inner, outer
 from distmeta.tasks import Bag
@@ -31,7 +31,7 @@ def squared_norm(records: Mapping[Map, Sequence[Place]]) -> Tensor:
     """
     terms = []
     for m, places in records.items():
-        if isinstance(m, Linear) and len(places) == 1:
+        if not isinstance(m, Table) and len(places) == 1:
             terms.append(_of_layer(*places[0]))
         else:
             terms += [(_gram(m, x, y) * inner(d, e)).sum((1, 2)) for (x, d), (y, e) in product(places, places)]

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from distmeta.adaptation import chain
-from distmeta.adaptation.fast import FastWeights, base_input_delta
+from distmeta.adaptation.fast import FastWeights
 from distmeta.adaptation.features import Dense, Features, Part, PerTask
-from distmeta.adaptation.maps import Linear, Map, Table
+from distmeta.adaptation.maps import Layer, Linear, Map, Table
 from distmeta.adaptation.products import relu_delta
+from distmeta.adaptation.starts import Own
 from distmeta.tasks import Bag
 
 
@@ -86,12 +87,17 @@ class Tape:
         self._reverse.append(reverse)
         return node
 
-    def linear(self, layer: Linear, *inputs: Node) -> Node:
+    def linear(self, layer: Layer, *inputs: Node) -> Node:
         """x W' + b' of the inputs side by side; per task where all inputs are."""
         x = self._features(inputs)
         per_task = all(isinstance(p, PerTask) for p in x.parts)
-        fast = self.fast.linear.get(layer)
-        z = x.times(layer.weight, layer.bias) if fast is None else fast.forward(x)
+        now = self.fast.of(layer, x)
+        if now is None:
+            assert isinstance(layer, Linear)
+            shared = Own(layer)
+            z, input_delta = shared.times(x), shared.input_delta
+        else:
+            z, input_delta = now.forward(x), now.input_delta
         adapted = layer in self.fast.rates
         node = Node(PerTask(z) if per_task else Dense(z), adapted or any(n.needs for n in inputs))
 
@@ -105,7 +111,7 @@ class Tape:
                 if n.needs:
                     # a per-task input feeds every row: its δ is the sum over rows, taken before the product
                     d = delta.sum(1, keepdim=True) if isinstance(n.part, PerTask) and delta.shape[1] != 1 else delta
-                    n.receive(fast.input_delta(d, x, i) if fast else base_input_delta(layer.weight, d, x, i))
+                    n.receive(input_delta(d, x, i))
 
         self._reverse.append(reverse)
         return node
@@ -163,8 +169,24 @@ class Tape:
         self._reverse.append(reverse)
         return node
 
+    def dot(self, user: Node, item: Node) -> Node:
+        """Inner products [b, R, 1] of a value that is the same in all rows [b, 1, d] and one that is not [b, R, d]."""
+        u, i = user.part.rows(), item.part.rows()
+        node = Node(Dense((u * i).sum(-1, keepdim=True)), user.needs or item.needs)
+
+        def reverse(records: Records) -> None:
+            if node.delta is None:
+                return
+            if user.needs:
+                user.receive((node.delta * i).sum(1, keepdim=True))
+            if item.needs:
+                item.receive(node.delta * u)
+
+        self._reverse.append(reverse)
+        return node
+
     def backward(self, out: Node, delta: Tensor) -> Records:
-        """(input, δ) of every place of use of every adapted map, given ∂L/∂out [b, R, 1]; each L is one task's loss."""
+        """(input, δ) of every place of use of every adapted map, given ∂L/∂out [b, R, C]; each L is one task's loss."""
         out.receive(delta)
         records: Records = {}
         for reverse in reversed(self._reverse):

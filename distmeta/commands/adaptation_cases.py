@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distmeta.adaptation.cost import Plan
 from distmeta.adaptation.features import Dense
-from distmeta.adaptation.inner import adapt, squared_error
+from distmeta.adaptation.inner import Turn, adapt, squared_error
 from distmeta.adaptation.maps import Map
 from distmeta.adaptation.tape import Node, Tape
 from distmeta.commands import adaptation_baselines as baselines
@@ -57,7 +57,7 @@ def plain(b: int, s: int, q: int, d: int, h: int, steps: int, double: bool = Fal
     def engine(form: str) -> Sequence[Tensor]:
         x, z = (Node(Dense(x), needs=False) for x, _ in sides)
         plan = Plan(steps, q, form)  # type: ignore[arg-type]
-        fast = adapt(lambda tape: net(tape, x), support, rates, steps=steps, first_order=False, plan=plan)
+        fast = adapt([Turn(lambda tape: net(tape, x), support)] * steps, rates, first_order=False, plan=plan)
         scores = net(Tape(fast), z).part.rows().squeeze(-1)
         return torch.autograd.grad(squared_error(scores, query).sum(), leaves)
 

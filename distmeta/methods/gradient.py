@@ -7,7 +7,6 @@ logit of a click.
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,60 +14,14 @@ from torch import Tensor, nn
 
 from distmeta.adaptation.cost import Plan
 from distmeta.adaptation.fast import FastWeights
-from distmeta.adaptation.inner import (
-    adapt,
-    cross_entropy,
-    cross_entropy_delta,
-    squared_error,
-    squared_error_delta,
-)
-from distmeta.adaptation.maps import Map, Rate
-from distmeta.adaptation.tape import Node, Tape
+from distmeta.adaptation.inner import Turn, adapt
+from distmeta.adaptation.maps import Layer, Map, Mix, Rate
+from distmeta.adaptation.tape import Node, Records, Tape
 from distmeta.data.schema import Dataset
-from distmeta.errors import UserError
 from distmeta.methods.base import Method
+from distmeta.methods.heads import head
 from distmeta.networks import Decision, Embedding, Encoded, ItemPlace, UserPlace
-from distmeta.tasks import Bag, Rows, TaskBatch, TaskBlock
-
-
-def absolute_error(prediction: Tensor, rows: Rows) -> Tensor:
-    """Mean absolute error of each task over its real rows: [b] from predictions [b, R]; 0 for a task without rows."""
-    count = rows.mask.sum(1).clamp(min=1)
-    return ((prediction - rows.label).abs() * rows.mask).sum(1) / count
-
-
-@dataclass(frozen=True)
-class Head:
-    """What the network's output [b, R] stands for."""
-
-    error: Callable[[Tensor, Rows], Tensor]
-    """Query loss [b]."""
-    delta: Callable[[Tensor, Rows], Tensor]
-    """Derivative [b, R] of the support loss."""
-    score: Callable[[Tensor], Tensor]
-    """What is predicted, within the labels' range up to clipping."""
-    start: float
-    """The output to start from, instead of learning it."""
-
-
-def head(dataset: Dataset, query_loss: str) -> Head:
-    """The head for the dataset's labels.
-
-    Clicks: the softmax over two outputs of paper 001 (Methods), of which only the difference counts; that is the one
-    output here, so that the loss is the cross-entropy of its sigmoid.
-
-    Raises:
-        UserError: --query-loss absolute for clicks.
-    """
-    label = dataset.label
-    if label.kind == "click":
-        if query_loss != "squared":
-            raise UserError(
-                f"--query-loss {query_loss}: the labels are clicks, whose loss is the cross-entropy; leave it"
-            )
-        return Head(cross_entropy, cross_entropy_delta, torch.sigmoid, 0.0)
-    error = {"squared": squared_error, "absolute": absolute_error}[query_loss]
-    return Head(error, squared_error_delta, lambda output: output, (label.minimum + label.maximum) / 2)
+from distmeta.tasks import Bag, TaskBatch, TaskBlock
 
 
 class GradientMethod(Method):
@@ -78,7 +31,7 @@ class GradientMethod(Method):
         super().__init__(options, dataset, items)
         self.head = head(dataset, options.query_loss)
         self.embedding = Embedding(dataset, items, options.embedding, options.item_ids)
-        self.decision = Decision(self.embedding.user_width + self.embedding.item_width, options.hidden, options.wide)
+        self.decision = self.output_layers()
         with torch.no_grad():
             self.decision.output_bias.fill_(self.head.start)
 
@@ -94,8 +47,12 @@ class GradientMethod(Method):
         """All maps: the embedding tables and the decision layers."""
         return [*self.embedding.users().values(), *self.embedding.items().values(), *self.decision]
 
+    def output_layers(self) -> Decision:
+        """The layers that give the output, on the features of user and item side by side."""
+        return Decision(self.embedding.user_width + self.embedding.item_width, self.options.hidden, self.options.wide)
+
     def forward(self, tape: Tape, users: UserPlace, items: ItemPlace) -> Node:
-        """Predictions [b, R, 1] of the rows at `items` for the users at `users`."""
+        """Outputs [b, R, C] of the rows at `items` for the users at `users`."""
         return self.decision(
             tape, tape.lookup(self.embedding.users(), users), tape.lookup(self.embedding.items(), items)
         )
@@ -105,33 +62,36 @@ class GradientMethod(Method):
         block: TaskBlock,
         encoded: Encoded,
         rates: Mapping[Map, Rate],
-        norm: list[Tensor] | None = None,
         steps: int | None = None,
+        mixes: Mapping[Layer, Mix] | None = None,
+        watch: Callable[[Records], None] | None = None,
     ) -> FastWeights:
         """The block's tasks after the inner loop; looks at user fields and support rows only.
 
         Args:
             rates: step size of each adapted map.
             steps: inner steps; None: as many as the options say.
-            norm: as `adaptation.inner.adapt` takes it.
+            mixes, watch: as `adaptation.inner.adapt` takes them.
         """
-        first_order = self.options.first_order
-        count = self.options.steps if steps is None else steps
-        users, items = encoded.support(block, detach=first_order)
+        turns = self.turns(block, encoded, self.options.steps if steps is None else steps)
         return adapt(
-            lambda tape: self(tape, users, items),
-            block.support,
+            turns,
             rates,
-            steps=count,
-            first_order=first_order,
-            plan=Plan(count, block.query.item.shape[1], self.options.form),
+            first_order=self.options.first_order,
+            plan=Plan(len(turns), block.query.item.shape[1], self.options.form),
             delta=self.head.delta,
-            norm=norm,
+            mixes=mixes,
+            watch=watch,
         )
 
+    def turns(self, block: TaskBlock, encoded: Encoded, steps: int) -> list[Turn]:
+        """What each inner step looks at: the whole support."""
+        users, items = encoded.place(block, block.support, detach=self.options.first_order)
+        return [Turn(lambda tape: self(tape, users, items), block.support)] * steps
+
     def outputs(self, block: TaskBlock, encoded: Encoded, fast: FastWeights) -> Tensor:
-        """The network's outputs [b, Q] for the query rows with adapted weights."""
-        return self(Tape(fast), *encoded.query(block)).part.rows().squeeze(-1)
+        """The network's outputs [b, Q] (or [b, Q, C]) for the query rows with adapted weights."""
+        return self(Tape(fast), *encoded.place(block, block.query)).part.rows().squeeze(-1)
 
     def block_loss(self, block: TaskBlock, encoded: Encoded, rates: Mapping[Map, Rate]) -> Tensor:
         """Query loss [b] of the block's tasks after adaptation, with graph."""

@@ -29,7 +29,7 @@ class MetaSGD(GradientMethod):
         def start(parameter: Tensor) -> nn.Parameter:
             return nn.Parameter(torch.full_like(parameter, options.local_lr))
 
-        self.rate_weights = nn.ParameterList(start(m.weight) for m in self.adapted())
+        self.rate_weights = nn.ParameterList(start(m.weight) for m in self.adapted())  # type: ignore[arg-type]
         self.rate_biases = nn.ParameterList(start(m.bias) for m in self.adapted() if isinstance(m, Linear))
 
     def adapted(self) -> list[Map]:

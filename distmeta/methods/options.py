@@ -169,6 +169,41 @@ class ATPAML(PAML):
 
 
 @dataclass(frozen=True)
+class MAMO(Gradient):
+    """Memories give each user initial weights and a preference matrix of their own."""
+
+    width: int = option(
+        100, "Width d_e of the user's and of the item's embedding, which the fields' are mapped to.", least=1
+    )
+    layers: int = option(2, "Fully connected layers of each of the two maps.", least=1)
+    hidden: tuple[int, ...] = option((64,), "Widths of the hidden layers after the preference matrix.", least=1)
+    slots: int = option(3, "User types K that the memories keep.", least=1)
+    temperature: float = option(
+        10.0, "What the cosine between profile and slot is multiplied by before the softmax; the paper's is 1.", least=0
+    )
+    alpha: float = option(0.5, "Rate at which profiles are written to the profile memory (Eq. 5).", least=0, most=1)
+    beta: float = option(0.05, "Rate at which gradients are written to the user memory (Eq. 6).", least=0, most=1)
+    gamma: float = option(0.1, "Rate at which preference matrices are written to theirs (Eq. 8).", least=0, most=1)
+    tau: float = option(
+        0.1, "Weight of the user memory in a user's initial weights (Eq. 9); 0: do without it.", least=0
+    )
+    write: str = option(
+        "mean", "How a batch's users go together: their mean, or one after the other.", ("mean", "sequential")
+    )
+    erase: str = option(
+        "attended", "What a write takes from a slot: as much as the user answers to it, or the whole rate, as printed.",
+        ("attended", "all"),
+    )  # fmt: skip
+    recommender: str = option(
+        "memory",
+        "What joins user and item: the preference matrix, fully connected layers alone, or the inner product.",
+        ("memory", "dnn", "nmf"),
+    )
+    classes: bool = option(False, "Predict the probability of each whole rating instead of the rating itself.")
+    per_item: bool = option(False, "Inner steps take the support's items one by one, as printed, not all at once.")
+
+
+@dataclass(frozen=True)
 class Transfer(Network):
     """Trained jointly on all rows of all tasks, fine-tuned on a new user's support."""
 

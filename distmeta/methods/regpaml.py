@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from distmeta.adaptation.maps import Map, Rate
+from distmeta.adaptation.norm import squared_norm
+from distmeta.adaptation.tape import Records
 from distmeta.methods.paml import PAML
 from distmeta.networks import Encoded
 from distmeta.tasks import TaskBlock
@@ -21,7 +23,12 @@ class RegPAML(PAML):
     name = "reg-paml"
 
     def block_loss(self, block: TaskBlock, encoded: Encoded, rates: Mapping[Map, Rate]) -> Tensor:
-        norm: list[Tensor] = []
-        fast = self.fast_weights(block, encoded, rates, norm)
+        norms: list[Tensor] = []
+
+        def watch(records: Records) -> None:
+            if not norms:  # the first step's
+                norms.append(squared_norm(records))
+
+        fast = self.fast_weights(block, encoded, rates, watch=watch)
         loss = self.head.error(self.outputs(block, encoded, fast), block.query)
-        return loss + self.options.gamma * sum(norm) * self.alpha(rates).abs()
+        return loss + self.options.gamma * sum(norms) * self.alpha(rates).abs()

@@ -39,8 +39,8 @@ _STYLE: Any = {
 }
 
 
-def draw(height: float, paint: Callable[["Figure"], None], name: str) -> str:
-    """An <svg> element, WIDTH by `height` inches, of what `paint` puts on the figure.
+def draw(height: float, paint: Callable[["Figure"], None], name: str, width: float = WIDTH) -> str:
+    """An <svg> element, `width` by `height` inches, of what `paint` puts on the figure.
 
     `name` keeps the element ids of several pictures on one page apart.
     """
@@ -49,7 +49,7 @@ def draw(height: float, paint: Callable[["Figure"], None], name: str) -> str:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         paint(figure)
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -58,7 +58,9 @@ def draw(height: float, paint: Callable[["Figure"], None], name: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r'\1 aria-hidden="true"', svg, count=1)
-    return re.sub(r'\bid="((?:figure|axes|patch|text|line2d|matplotlib\.axis|xtick|ytick|legend)[^"]*)"', "", svg)
+    return re.sub(
+        r'\bid="((?:figure|axes|patch|text|line2d|matplotlib\.axis|xtick|ytick|legend|\w*Collection)[^"]*)"', "", svg
+    )
 
 
 def curves(metrics: Sequence[Mapping[str, Any]]) -> str | None:

@@ -32,7 +32,7 @@ def histograms(name: str, edges: Sequence[float], counts: Mapping[str, Sequence[
         axes.set_xlabel(name)
         axes.set_ylabel("% of the group's tasks")
         axes.locator_params(axis="x", nbins=6)
-        _plain(axes)
+        clean(axes)
         axes.legend(frameon=False, fontsize=8.5)
 
     return draw(2.6, paint, f"histogram {name}")
@@ -50,29 +50,31 @@ def clusters(metrics: Sequence[Mapping[str, Any]]) -> str | None:
     anew = [e for e, c in told if c.get("reseeded")]
 
     def paint(figure: "Figure") -> None:
-        from matplotlib.ticker import MaxNLocator
-
         top, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-        floor = np.zeros(len(epochs))
-        for k, part in enumerate(shares.T):
-            top.bar(epochs, part, bottom=floor, width=0.8, color=COLOURS[k % len(COLOURS)], alpha=0.8, label=f"{k}")
-            floor += part
+        stacked(top, epochs, shares, "clusters")
         top.set_ylabel("% of tasks")
-        top.set_title("clusters", loc="left", fontsize=9)
-        top.legend(frameon=False, fontsize=8, ncols=8, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0,
-                   handlelength=1, columnspacing=1)  # fmt: skip
         if churn:
             below.plot(*zip(*churn, strict=True), color=INK, marker="o", markersize=2.5, linewidth=1.6)
         for e in anew:
             below.axvline(e, color=COLOURS[1], linestyle=":", linewidth=1.2)
         below.set_ylim(bottom=0)
         below.set_ylabel("churn, %")
-        below.set_xlabel("epoch" + ("; dotted: clusters re-seeded" if anew else ""))
-        below.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         for axes in (top, below):
-            _plain(axes)
+            clean(axes)
+        by_epoch(below, "; dotted: clusters re-seeded" if anew else "")
 
     return draw(3.4, paint, "clusters")
+
+
+def stacked(axes: "Axes", epochs: Sequence[int], shares: NDArray[np.float64], title: str) -> None:
+    """Shares [E, K] of K numbered groups by epoch, on one another, in the groups' colours and with a legend."""
+    floor = np.zeros(len(epochs))
+    for k, part in enumerate(shares.T):
+        axes.bar(epochs, part, bottom=floor, width=0.8, color=COLOURS[k % len(COLOURS)], alpha=0.8, label=f"{k}")
+        floor += part
+    axes.set_title(title, loc="left", fontsize=9)
+    axes.legend(frameon=False, fontsize=8, ncols=8, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0,
+                handlelength=1, columnspacing=1)  # fmt: skip
 
 
 def assignment(field: str, values: Sequence[str], shares: Sequence[Sequence[float]], name: str) -> str:
@@ -141,7 +143,7 @@ def boxes(values: Mapping[str, Mapping[str, NDArray[np.float64]]], label: str, n
         axes.set_ylim(len(values) - 0.4, -0.6)
         axes.set_xlim(left=0)
         axes.set_xlabel(label)
-        _plain(axes, "x")
+        clean(axes, "x")
         if len(groups) > 1:
             handles = [Patch(color=COLOURS[k % len(COLOURS)], alpha=0.5, label=g) for k, g in enumerate(groups)]
             axes.legend(handles=handles, frameon=False, fontsize=8.5, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
@@ -201,6 +203,15 @@ def _heat(axes: "Axes", table: NDArray[np.float64], most: float, numbers: bool =
         axes.spines[side].set_visible(False)
 
 
-def _plain(axes: "Axes", along: Any = "y") -> None:
+def by_epoch(axes: "Axes", more: str = "") -> None:
+    """Whole numbers along the lower axis, also where there is one alone; `more` is said there too."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel(f"epoch{more}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+
+
+def clean(axes: "Axes", along: Any = "y") -> None:
+    """Grid lines across one axis and no ticks."""
     axes.grid(axis=along)
     axes.tick_params(length=0)

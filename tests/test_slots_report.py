@@ -210,8 +210,8 @@ def test_pictures_say_what_they_were_given(tmp_path: Path) -> None:
     assert said.split().count("100") == 2
     assert all(age in said for age in AGES)
     said, caption = pictures["Attention over training"]
-    assert "entropy of the attention: 0.875 at the end" in said
-    assert "slots’ mean cosine: 0.750 at the end" in said
+    assert "entropy of the attention: 0.8750 at the end" in said
+    assert "slots’ mean cosine: 0.7500 at the end" in said
     assert "collapsed" in caption
 
 
@@ -240,7 +240,7 @@ def test_pictures_of_extremes() -> None:
     assert re.search(r"\b7\b", texts(one))
     assert not re.search(r"\d\.\d", texts(one))
     assert gaps
-    assert "mean cosine: 0.100" in texts(gaps)
+    assert "mean cosine: 0.1000" in texts(gaps)
     long = {"values": ["<b>&" * 20, *map(str, range(23))], "shares": [[1 / 24] * 24] * 8, "overall": [1 / 24] * 24}
     svg = slotcharts.field("a & <b>", long, "long")
     assert "slot 7" in texts(svg)

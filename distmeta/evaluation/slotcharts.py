@@ -109,7 +109,7 @@ def training(metrics: Sequence[Mapping[str, Any]]) -> str | None:
         for axes in above:
             for word, (points, style) in lines.items():
                 axes.plot(*zip(*points, strict=True), **style, markersize=2.5, linewidth=1.6,
-                          label=f"{word}: {points[-1][1]:.3f} at the end")  # fmt: skip
+                          label=f"{word}: {points[-1][1]:.4f} at the end")  # fmt: skip
             axes.axhline(1, color=SOFT, linewidth=1, linestyle=":")
             axes.set_ylim(min(0, *(v for points, _ in lines.values() for _, v in points)) - 0.03, 1.06)
             axes.legend(frameon=False, fontsize=8.5, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)

@@ -1,4 +1,4 @@
-"""`reproduce`: a paper's tables, its rows and ours side by side, from runs that are trained where they are missing."""
+"""`reproduce`: a paper's tables and parameter studies, and ours, from runs that are trained where they are missing."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from distmeta.cli import Parser
 from distmeta.errors import UserError
 from distmeta.evaluation.papertables import FLOORS, HEADS, PREPARE, TABLES, PaperTable
+from distmeta.evaluation.studies import STUDIES, Study
 from distmeta.fields import nearest
 from distmeta.methods import METHODS
 from distmeta.parallel import submitted
@@ -14,11 +15,13 @@ from distmeta.storage import Location
 
 if TYPE_CHECKING:
     from distmeta.commands.reproduce_runs import Run
+    from distmeta.commands.reproduce_studies import Planned
     from distmeta.data.schema import Dataset
     from distmeta.evaluation.measured import Measured
 
 _EPILOG = """\
 tables: {tables}
+studies: {studies}
 
 --set FLAG[=VALUE] gives every method that has it a flag of `train`; WHERE:FLAG[=VALUE] only the method, the data
 set, or DATASET/METHOD that WHERE names. Commas part the values of a list.
@@ -27,6 +30,7 @@ examples:
   python -m jobs.reproduce paml-2 paml-3 paml-4 hml-2 --data movielens-1m=data/ml-1m bookcrossing=data/bookcrossing
   python -m jobs.reproduce paml-3 --data movielens-1m=data/ml-1m --set item-ids reg-paml:lr=1e-3 hidden=64,64
   python -m jobs.reproduce paml-2 --data movielens-1m=data/ml-1m bookcrossing=none --methods melu transfer
+  python -m jobs.reproduce mamo-fig2 mamo-fig5 --data movielens-1m=data/ml-1m --panels tau beta --seeds 2
 """
 
 
@@ -37,45 +41,54 @@ def main(argv: Sequence[str]) -> int:
         UserError: usage or bad input. RunError: a run failed; the same command goes on.
     """
     args = _parse(argv)
-    tables = [_table(name) for name in args.tables]
+    asked = [_asked(name) for name in dict.fromkeys(args.tables)]
     if args.seeds < 1:
         raise UserError(f"reproduce: --seeds must be at least 1, not {args.seeds}")
-    methods = _methods(args.methods, tables)
-    places = _places(args.data, tables)
+    methods = _methods(args.methods, asked)
+    _check_panels(args.panels, [a for a in asked if isinstance(a, Study)])
+    places = _places(args.data, asked)
     submitted.check("--out", args.out)
     from distmeta.commands import reproduce_runs as runs
+    from distmeta.commands import reproduce_studies as studies
 
-    settings = [runs.Setting.of(text) for text in args.set]
     common = [w for f in ("workers", "threads", "epochs") if getattr(args, f) for w in (f"--{f}", getattr(args, f))]
+    settings = [runs.Setting.of(text) for text in args.set]
+    call = runs.Call(args.seeds, Location.of(args.out), methods, settings, common)
     datasets = {name: runs.dataset_at(name, place) for name, place in places.items()}
-    out = Location.of(args.out)
-    planned = {t.name: runs.plan(t, places, args.seeds, out, methods, settings, common) for t in tables}
-    every = list({str(r.where): r for table in tables for r in planned[table.name]}.values())
+    tables = [(t, runs.plan(t, places, call)) for t in asked if isinstance(t, PaperTable)]
+    planned = [(s, studies.plan(s, args.panels, places[s.dataset], call)) for s in asked if isinstance(s, Study)]
+    needed = [*(r for _, found in tables for r in found), *(r for _, found in planned for p in found for r in p.runs())]
+    every = list({str(run.where): run for run in reversed(needed)}.values())[::-1]
     _check_settings(settings, every)
     for run in every:
         runs.check(run)
     runs.train_missing(every)
-    for table in tables:
+    for one in asked:
         more = {
             "seeds": args.seeds,
-            "datasets": {name: _described(datasets.get(name), places.get(name)) for name in table.datasets},
+            "datasets": {name: _described(datasets.get(name), places.get(name)) for name in one.datasets},
             "settings": " ".join([*args.set, *(f"epochs={n}" for n in [args.epochs] if n)]),
         }
-        _write(table, planned[table.name], places, datasets, out, more)
+        if isinstance(one, PaperTable):
+            _write(one, next(found for t, found in tables if t is one), places, datasets, call.out, more)
+        else:
+            found = next(found for s, found in planned if s is one)
+            _write_study(one, found, places[one.dataset], datasets[one.dataset], call.out, more)
     return 0
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog="reproduce",
-        usage="reproduce TABLE [TABLE ...] --data NAME=DATASET [...] [flags]",
-        description="Train what a paper's table compares on several split seeds, and write OUT/TABLE.html, .md and\n"
-        ".json: the paper's rows and ours side by side, floors included. Runs lie in OUT/runs; those that\n"
-        "have finished are not trained again, so that the same command goes on after a kill.",
-        epilog=_EPILOG.format(tables=" ".join(TABLES)),
+        usage="reproduce TABLE|STUDY [...] --data NAME=DATASET [...] [flags]",
+        description="Train what a paper's table compares, or each value of a study's parameters, on several split\n"
+        "seeds, and write OUT/NAME.html, .md and .json (a study also .svg): the paper's rows and ours side\n"
+        "by side, or our curves, floors included. Runs lie in OUT/runs; those that have finished are not\n"
+        "trained again, so that the same command goes on after a kill.",
+        epilog=_EPILOG.format(tables=" ".join(TABLES), studies=" ".join(STUDIES)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("tables", nargs="+", metavar="TABLE", help=" ".join(TABLES))
+    parser.add_argument("tables", nargs="+", metavar="TABLE|STUDY", help=" ".join([*TABLES, *STUDIES]))
     parser.add_argument(
         "--data", nargs="+", default=[], metavar="NAME=DATASET",
         help="where each data set lies, made by `prepare`; NAME=none leaves its columns out",
@@ -86,19 +99,40 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="[WHERE:]FLAG[=VALUE]", help="flags of train; see below"
     )
+    parser.add_argument(
+        "--panels", nargs="+", default=[], metavar="PANEL",
+        help=f"of a study with several, only these: {' '.join(p.name for p in STUDIES['mamo-fig2'].panels)} [all]",
+    )  # fmt: skip
     parser.add_argument("--epochs", metavar="N", help="--epochs of train, for all methods")
     parser.add_argument("--workers", metavar="N", help="--workers of train")
     parser.add_argument("--threads", metavar="N", help="--threads of train")
     return parser.parse(argv)
 
 
-def _table(name: str) -> PaperTable:
-    if name not in TABLES:
-        raise UserError(f"reproduce: unknown table {name!r}{nearest(name, TABLES)}; tables: {' '.join(TABLES)}")
-    return TABLES[name]
+def _asked(name: str) -> PaperTable | Study:
+    known = {**TABLES, **STUDIES}
+    if name not in known:
+        raise UserError(
+            f"reproduce: unknown table or study {name!r}{nearest(name, known)}; tables: {' '.join(TABLES)}; studies:"
+            f" {' '.join(STUDIES)}"
+        )
+    return known[name]
 
 
-def _methods(given: Sequence[str], tables: Sequence[PaperTable]) -> list[str]:
+def _check_panels(given: Sequence[str], studies: Sequence[Study]) -> None:
+    """UserError where a panel is no study's, or is given without a study."""
+    if given and not studies:
+        raise UserError(f"reproduce: --panels is for studies; name one of {' '.join(STUDIES)}, or leave --panels out")
+    known = list(dict.fromkeys(p.name for s in studies for p in s.panels))
+    for name in given:
+        if name not in known:
+            raise UserError(
+                f"reproduce: --panels {name}: no panel of {' '.join(s.name for s in studies)}{nearest(name, known)};"
+                f" panels: {' '.join(known)}"
+            )
+
+
+def _methods(given: Sequence[str], tables: Sequence[PaperTable | Study]) -> list[str]:
     """The methods to run; UserError where one is in no table, or not in the registry."""
     known = list(dict.fromkeys(o.method for t in tables for o in t.ours))
     for name in given:
@@ -108,6 +142,10 @@ def _methods(given: Sequence[str], tables: Sequence[PaperTable]) -> list[str]:
                 f" rows of ours: {' '.join(known)}"
             )
     chosen = list(given) or known
+    for table in tables:
+        if not {o.method for o in table.ours} & set(chosen):
+            mine = " ".join(dict.fromkeys(o.method for o in table.ours))
+            raise UserError(f"reproduce: --methods leaves nothing of {table.name}; give {mine}, or leave it out")
     missing = [name for name in chosen if name not in METHODS]
     if missing:
         raise UserError(
@@ -117,7 +155,7 @@ def _methods(given: Sequence[str], tables: Sequence[PaperTable]) -> list[str]:
     return chosen
 
 
-def _places(given: Sequence[str], tables: Sequence[PaperTable]) -> dict[str, Location]:
+def _places(given: Sequence[str], tables: Sequence[PaperTable | Study]) -> dict[str, Location]:
     """Data set -> where it lies, without those left out; UserError where one is missing or none of the tables'."""
     needed = list(dict.fromkeys(name for t in tables for name in t.datasets))
     said: dict[str, str] = {}
@@ -212,3 +250,28 @@ def _write(
     (out / f"{table.name}.md").write_bytes(text.encode())
     (out / f"{table.name}.json").write_json(found)
     print(f"\n{text}\n{out / table.name}.html, .md and .json")
+
+
+def _write_study(
+    study: Study,
+    planned: Sequence["Planned"],
+    place: Location,
+    dataset: "Dataset",
+    out: Location,
+    more: Mapping[str, Any],
+) -> None:
+    """OUT/STUDY.svg, .html, .md and, last, .json."""
+    from distmeta.commands import reproduce_studies as studies
+    from distmeta.evaluation import study as assembly
+    from distmeta.evaluation import study_page, studycharts
+
+    found = assembly.assemble(study, studies.gather(study, planned, place, dataset))
+    there = [p["name"] for p in found["panels"]]
+    found |= {**more, "left_out": [p.name for p in study.panels if p.name not in there]}
+    text = study_page.markdown(found)
+    heads = {split: study_page.SPLITS[split] for split in study.splits}
+    (out / f"{study.name}.svg").write_bytes(studycharts.sheet(found["panels"], heads, study.name).encode())
+    (out / f"{study.name}.html").write_bytes(study_page.page(found).encode())
+    (out / f"{study.name}.md").write_bytes(text.encode())
+    (out / f"{study.name}.json").write_json(found)
+    print(f"\n{text}\n{out / study.name}.html, .svg, .md and .json")

@@ -16,6 +16,7 @@ from distmeta.data.schema import Dataset
 from distmeta.data.tasktable import TaskTable
 from distmeta.errors import RunError, UserError
 from distmeta.evaluation.papertables import PREPARE, Ours, PaperTable
+from distmeta.evaluation.studies import Study
 from distmeta.methods import entry
 from distmeta.parallel import rundir
 from distmeta.storage import Location
@@ -83,54 +84,72 @@ class Run:
     """Of `train`."""
 
 
-def plan(
-    table: PaperTable,
-    places: Mapping[str, Location],
-    seeds: int,
-    out: Location,
-    methods: Sequence[str],
-    settings: Sequence[Setting],
-    common: Sequence[str],
-) -> list[Run]:
-    """Every run of a table, split seed by split seed, in OUT/runs/DATASET-PROTOCOL-METHOD-SEED.
+@dataclass(frozen=True)
+class Call:
+    """What all runs of one call of `reproduce` have in common."""
 
-    Rows that set an option of their method to another value than it has anyway have that in the name too, so that a
-    run serves every table that asks for it.
+    seeds: int
+    """Split seeds 0 to this, without it."""
+    out: Location
+    methods: Sequence[str]
+    """Those to run."""
+    settings: Sequence[Setting]
+    common: Sequence[str]
+    """Flags of `train` for every run."""
+
+
+def plan(table: PaperTable, places: Mapping[str, Location], call: Call) -> list[Run]:
+    """Every run of a table, split seed by split seed.
 
     Args:
-        places: the data sets at hand. methods: those to run. settings, common: flags for all runs.
+        places: the data sets at hand.
 
     Raises:
         UserError: a method is not there, or a setting is not one of its.
     """
-    runs = []
-    for seed in range(seeds):
-        for dataset, place in places.items():
-            for ours in table.ours:
-                if ours.method in methods and dataset in table.datasets:
-                    runs.append(_run(table, dataset, place, ours, seed, out, settings, common))
-    return runs
+    return [
+        make(table, dataset, place, ours, seed, call)
+        for seed in range(call.seeds)
+        for dataset, place in places.items()
+        for ours in table.ours
+        if ours.method in call.methods and dataset in table.datasets
+    ]
 
 
-def _run(
-    table: PaperTable,
-    dataset: str,
-    place: Location,
-    ours: Ours,
-    seed: int,
-    out: Location,
-    settings: Sequence[Setting],
-    common: Sequence[str],
-) -> Run:
+def make(asker: PaperTable | Study, dataset: str, place: Location, ours: Ours, seed: int, call: Call) -> Run:
+    """The run of one row on one split, in OUT/runs/DATASET-PROTOCOL-METHOD-SEED.
+
+    What a row sets to another value than it has anyway is in the name too, so that a run serves every table and
+    study that asks for it.
+
+    Raises:
+        UserError: as `plan`.
+    """
     entry(ours.method)
-    chosen = [word for s in settings if s.meant_for(dataset, ours.method) for word in s.argv()]
-    shared = [ours.method, "--data", str(place), "--protocol", table.protocol, "--split-seed", str(seed)]
-    shared += [*table.flags.get(dataset, ()), *chosen, *common]
-    plain, config = train.parse(shared), train.parse([*shared, *ours.flags])
-    before, now = (dataclasses.asdict(c.method_options) for c in (plain, config))
-    own = [f"-{k}-{v:g}" if isinstance(v, float) else f"-{k}-{v}" for k, v in now.items() if v != before[k]]
-    where = out / "runs" / f"{dataset}-{table.protocol}-{ours.method}{''.join(own)}-{seed}"
+    chosen = [word for s in call.settings if s.meant_for(dataset, ours.method) for word in s.argv()]
+    shared = [ours.method, "--data", str(place), "--protocol", asker.protocol, "--split-seed", str(seed)]
+    given = [*asker.flags.get(dataset, ()), *asker.flags.get(f"{dataset}/{ours.method}", ())]
+    shared += [*given, *chosen, *call.common]
+    before, config = _flat(train.parse(shared)), train.parse([*shared, *ours.flags])
+    own = [f"{k.replace('_', '-')}-{_word(v)}" for k, v in _flat(config).items() if v != before[k]]
+    where = call.out / "runs" / "-".join([dataset, asker.protocol, ours.method, *own, str(seed)])
     return Run(dataset, ours.label, seed, where, config, (*shared, *ours.flags, "--run", str(where)))
+
+
+def _word(value: Any) -> str:
+    """A value in a file's name."""
+    if isinstance(value, tuple):
+        return ",".join(map(_word, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    return {k: v for s in (config.data, config.train, config.method_options) for k, v in dataclasses.asdict(s).items()}
+
+
+def value_of(config: Config, flag: str) -> Any:
+    """What a config has for a flag of `train`."""
+    return _flat(config)[flag.replace("-", "_")]
 
 
 def check(run: Run) -> None:
@@ -200,30 +219,35 @@ def measured(run: Run, table: TaskTable) -> "Measured":
     Raises:
         UserError: it was trained on another split than `table` holds; the file is missing or damaged.
     """
-    import pyarrow as pa
-
-    from distmeta.evaluation.measured import Measured
-
     if read_summary(run.where)["split_hash"] != table.split_hash:
         raise UserError(
             f"{run.where}: was trained on another split than {table.location} holds (the data set was made anew?);"
             " delete it to have it trained anew"
         )
-    file = run.where / MEASURED
+    return read_measured(run.where / MEASURED, f"make it again with `python -m jobs.evaluate --run {run.where}`")
+
+
+def read_measured(file: Location, mend: str) -> "Measured":
+    """A file that holds what `Measured.to_ipc` wrote; UserError, ending with `mend`, where it does not."""
+    import pyarrow as pa
+
+    from distmeta.evaluation.measured import Measured
+
     try:
         return Measured.from_ipc(file.read_bytes())
     except (OSError, KeyError, pa.ArrowException) as e:
         what = "is missing" if isinstance(e, FileNotFoundError) else "is damaged"
-        raise UserError(f"{file}: {what}; make it again with `python -m jobs.evaluate --run {run.where}`") from None
+        raise UserError(f"{file}: {what}; {mend}") from None
 
 
 def dataset_at(name: str, place: Location) -> Dataset:
     """The data set at `place`; UserError where it is not `name`."""
     found = Dataset.open(place)
-    source = found.extra.get("source")
-    if source != name:
+    source, wanted = found.extra.get("source"), name.removesuffix("-complete")
+    if source != wanted or (name != wanted and not found.extra.get("complete")):
+        made = f"made from {source}" + (", not --complete" if source == wanted else "")
         raise UserError(
-            f"{place}: holds {found.name}, made from {source}, and is given as {name}; give the data set that"
+            f"{place}: holds {found.name}, {made}, and is given as {name}; give the data set that"
             f" `{PREPARE[name]}` makes"
         )
     return found

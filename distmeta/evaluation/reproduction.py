@@ -39,18 +39,22 @@ def assemble(
 
     Returns:
         {"table", "title", "protocol", "digits", "columns": [{"dataset", "metric", "head", "cohort"}], "notes",
-        "sections": [{"title", "cohort", "rows", "paired"}]}, where
+        "sections": [{"title", "cohort", "counts", "rows", "paired"}]}, where
         rows: [{"label", "method" (None: none of ours), "floor", "paper": [[mean, sd] | None], "ours": [{"mean", "sd",
         "seeds"} | None]}], of a p-value "seeds" alone;
-        paired: [{"label", "against", "differences": [[difference, low, high] | None]}];
+        paired: [{"label", "against": a floor or another label, "differences": [[difference, low, high] | None]}];
+        of a section also "counts": data set -> by split seed {"n_tasks", and of a cohort of rows "n_rows", "n_clips"};
         the inner lists by column.
     """
     numbers = {
         dataset: {name: [_summaries(m, compared) for m in seeds] for name, seeds in {**floors[dataset], **mine}.items()}
         for dataset, mine in ours.items()
     }
+    others = {o.label: (*JUDGED, *o.against) for o in table.ours}
     differences = {
-        dataset: {label: pooled(_together(seeds, floors[dataset]), JUDGED) for label, seeds in mine.items()}
+        dataset: {
+            label: _differences(seeds, others[label], {**floors[dataset], **mine}) for label, seeds in mine.items()
+        }
         for dataset, mine in ours.items()
     }
     return {
@@ -65,8 +69,10 @@ def assemble(
     }  # fmt: skip
 
 
-def _together(seeds: Seeds, floors: Mapping[str, Seeds]) -> list[tuple[Measured, dict[str, Measured]]]:
-    return [(m, {name: floors[name][i] for name in JUDGED}) for i, m in enumerate(seeds)]
+def _differences(seeds: Seeds, names: Sequence[str], others: Mapping[str, Seeds]) -> dict[str, dict[str, Any]]:
+    """`evaluate.pooled` against those of `names` that are among `others`, rows left out of this call are not."""
+    there = [name for name in names if name in others]
+    return pooled([(m, {name: others[name][i] for name in there}) for i, m in enumerate(seeds)])
 
 
 def _summaries(measured: Measured, compared: Sequence[Sequence[str]]) -> dict[str, Mapping[str, Any]]:
@@ -79,7 +85,7 @@ def _section(
     table: PaperTable, section: Section, numbers: Mapping[str, Any], differences: Mapping[str, Any]
 ) -> dict[str, Any]:
     papers = section.rows()
-    methods = {o.label: o.method for o in table.ours}
+    methods, against = {o.label: o.method for o in table.ours}, {o.label: o.against for o in table.ours}
     labels = [*dict.fromkeys([*papers, *methods])]
     rows = []
     for label in [*labels, *FLOORS]:
@@ -95,11 +101,16 @@ def _section(
         )
     paired = []
     for label in methods:
-        for floor in JUDGED:
-            found = [_difference(differences.get(c.dataset, {}).get(label), floor, c, section) for c in table.columns]
+        for other in (*JUDGED, *against[label]):
+            found = [_difference(differences.get(c.dataset, {}).get(label), other, c, section) for c in table.columns]
             if any(found):
-                paired.append({"label": label, "against": floor, "differences": found})
-    return {"title": section.title, "cohort": section.cohort, "rows": rows, "paired": paired}
+                paired.append({"label": label, "against": other, "differences": found})
+    counts = {dataset: [_counts(s.get(section.cohort, {})) for s in by[FLOORS[0]]] for dataset, by in numbers.items()}
+    return {"title": section.title, "cohort": section.cohort, "counts": counts, "rows": rows, "paired": paired}
+
+
+def _counts(summary: Mapping[str, Any]) -> dict[str, int]:
+    return {name: summary[name] for name in ("n_tasks", "n_rows", "n_clips") if name in summary}
 
 
 def _ours(seeds: Sequence[Mapping[str, Any]] | None, column: Column, section: Section) -> dict[str, Any] | None:
@@ -119,12 +130,12 @@ def _ours(seeds: Sequence[Mapping[str, Any]] | None, column: Column, section: Se
 
 
 def _difference(
-    found: Mapping[str, Any] | None, floor: str, column: Column, section: Section
+    found: Mapping[str, Any] | None, other: str, column: Column, section: Section
 ) -> list[float | None] | None:
     """[difference, low, high] of a column; None where it has none by user, or nobody is in the cohort."""
     if found is None or column.metric == P:
         return None
-    metrics = found.get(column.cohort or section.cohort, {}).get(floor, {})
+    metrics = found.get(column.cohort or section.cohort, {}).get(other, {})
     interval = metrics.get(PAIRED.get(column.metric, column.metric))
     return interval if interval and interval[0] is not None else None
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from distmeta.config import Config
-from distmeta.data.loader import read_items
+from distmeta.data.loader import Loader, read_items
 from distmeta.data.schema import Dataset
 from distmeta.data.tasktable import TaskTable
 from distmeta.errors import UserError
@@ -11,6 +11,7 @@ from distmeta.evaluation import evaluate as evaluation
 from distmeta.evaluation.measured import Measured
 from distmeta.exchange import Exchange
 from distmeta.methods import FLOORS
+from distmeta.methods.base import Method
 from distmeta.parallel import checkpoint
 from distmeta.parallel.update import build_method, device_of, numerics
 from distmeta.storage import Location
@@ -47,15 +48,39 @@ def assess(
     step = int(e.gather(b"%d" % step)[0])  # rank 0 may have written it a moment ago: the others wait for that
     best = checkpoint.read(run, step)
     checkpoint.check_origin(run, best, config, table.split_hash)
-    device, memory = device_of(config.train), config.train.memory_mb << 20
-    with numerics(config.train.threads, device):
-        method = build_method(config, dataset, read_items(dataset_location, dataset), device)
-        checkpoint.restore_params(run, best, method, config.method)
-        checkpoint.restore_state(run, best, method.shared)
+    memory = config.train.memory_mb << 20
+    with numerics(config.train.threads, device_of(config.train)):
+        method = _restored(config, run, best, dataset, dataset_location)
         measured = evaluation.evaluate(method, table, dataset, e, memory)
         names = FLOORS[dataset.label.kind]
         floors = evaluation.floors(table, dataset, dataset_location, names, e, memory)
     return Assessment(step, measured, floors)
+
+
+def assess_split(
+    config: Config, run: Location, step: int, dataset: Dataset, dataset_location: Location, table: TaskTable, split: str
+) -> Measured:
+    """Measure the checkpoint of `run` at `step` on the tasks of one split: `train`, say, which `assess` leaves out.
+
+    Raises:
+        UserError, RunError: as `assess`.
+    """
+    kept = checkpoint.read(run, step)
+    checkpoint.check_origin(run, kept, config, table.split_hash)
+    with numerics(config.train.threads, device_of(config.train)):
+        method = _restored(config, run, kept, dataset, dataset_location)
+        loader = Loader(table, dataset, split, evaluation.BATCH, memory=config.train.memory_mb << 20)
+        return evaluation.measure(method, loader, dataset.label, split)
+
+
+def _restored(
+    config: Config, run: Location, kept: checkpoint.Checkpoint, dataset: Dataset, dataset_location: Location
+) -> Method:
+    """The method of a run as one of its checkpoints has it, shared memories included."""
+    method = build_method(config, dataset, read_items(dataset_location, dataset), device_of(config.train))
+    checkpoint.restore_params(run, kept, method, config.method)
+    checkpoint.restore_state(run, kept, method.shared)
+    return method
 
 
 def best_step(run: Location) -> int:

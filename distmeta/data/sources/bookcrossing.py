@@ -103,6 +103,7 @@ def bookcrossing(raw: Location, where: Location, *, zeros: bool = False, complet
     item_fields: dict[str, FieldType] = dict.fromkeys(("author", "year", "publisher"), "categorical")
     extra: dict[str, Any] = {
         "source": "bookcrossing",
+        "complete": complete,
         "content_fields": {"user": list(CONTENT), "item": list(item_fields)},
         **vars(report),
     }

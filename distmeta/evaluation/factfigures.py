@@ -67,7 +67,7 @@ def _quantity(name: str, found: Mapping[str, Any]) -> tuple[str, str, str]:
     words = _NAMES.get(name, name.replace("_", " "))
     svg = groupcharts.histograms(words, found["edges"], {g: of["counts"] for g, of in groups.items()})
     said = "; ".join(
-        f"{escape(g)}: mean {of['mean']:.4g}{_below_0(of, found)}, {of['n']:,} tasks" for g, of in groups.items()
+        f"{escape(g)} ({of['n']:,} tasks): mean {of['mean']:.4g}{_below_0(of, found)}" for g, of in groups.items()
     )
     title = _TITLES.get(name, escape(words.capitalize()))
     return svg, title, f"Of the test tasks, by cohort. {said}.{_MEANING.get(name, '')}"
@@ -87,7 +87,7 @@ def _slots(found: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     else:
         caption = (
             f"A slot is described by {told}: the values that they have more often than chance would have it, and how"
-            " many times as often as all test tasks. A slot whose ring is no farther right than its bar stands for"
+            " many times as often as all test tasks. A slot whose ring is hardly farther right than its bar stands for"
             " nothing: all tasks answer to it alike."
         )
     if not found["fields"]:

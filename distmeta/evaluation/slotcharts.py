@@ -71,14 +71,15 @@ def field(name: str, found: Mapping[str, Any], label: str) -> str:
 
 
 def _beside(axes: "Axes", of: NDArray[np.float64], overall: NDArray[np.float64], colour: str) -> None:
-    """Bars of one distribution with a line across each at the other's height, and their numbers where there is room."""
+    """Bars of one distribution with a line across each at the other's height, and their numbers."""
     at = np.arange(len(of))
     axes.bar(at, of, width=0.8, color=colour, alpha=0.7)
     axes.hlines(overall, at - 0.45, at + 0.45, color=INK, linewidth=1.4)
+    few = len(of) <= 12
     for x, (share, usual) in enumerate(zip(of, overall, strict=True)):
-        size = 8.5 if len(of) <= 12 else 6.5
-        axes.annotate(f"{share:.0f}", (x, max(share, usual)), (0, 2), textcoords="offset points", ha="center",
-                      fontsize=size)  # fmt: skip
+        if few or share >= 0.5:
+            axes.annotate(f"{share:.0f}", (x, max(share, usual)), (0, 2), textcoords="offset points", ha="center",
+                          fontsize=8.5 if few else 6.5)  # fmt: skip
     axes.tick_params(length=0)
     axes.spines["left"].set_visible(False)
 

@@ -83,6 +83,8 @@ def script(shared: Shared, exchange: Exchange) -> dict[str, tuple[float, int]]:
             shared.advance()
         if step in (6, 7, 15, 27):
             shared.flush()
+            if exchange.rank == 0:
+                told[f"kept {step}"] = number(shared.snapshot())
             told[f"after {step}"] = number(shared.read({}))
         if step == 27:
             shared.restore(shared.snapshot() if exchange.rank == 0 else {})

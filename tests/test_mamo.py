@@ -1,0 +1,456 @@
+"""MAMO against the paper's equations user by user (mamo_oracle.py): losses, meta-gradients, and what is written."""
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import mamo_oracle
+import numpy as np
+import oracle
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distmeta import config as config_module
+from distmeta.adaptation.cost import Plan
+from distmeta.adaptation.features import Dense, Features, PerTask
+from distmeta.adaptation.maps import Blank, Linear
+from distmeta.data.protocols.base import KINDS
+from distmeta.data.schema import Dataset, Field, Label
+from distmeta.errors import UserError
+from distmeta.exchange import Exchange
+from distmeta.memory.base import Arrays, Shared
+from distmeta.methods import options
+from distmeta.methods.mamo import MAMO
+from distmeta.parallel.shared import share
+from distmeta.tasks import Bag, TaskBatch
+
+SMALL: dict[str, Any] = {"embedding": 3, "width": 4, "hidden": (5,), "local_lr": 0.1, "item_ids": True, "steps": 2}
+RAGGED = ([[5, 3, 1, 0], [7, 6]], [[2, 4, 3, 2], [1, 5]])
+NOBODY = TaskBatch(torch.zeros(0, dtype=torch.int64), ())
+
+
+def fill(m: MAMO, seed: int = 5) -> None:
+    """Slots such as training leaves: none at its start, none like another."""
+    generator = np.random.default_rng(seed)
+    parts = {name: 0.5 * generator.normal(size=v.shape) for name, v in m.shared["memory"].read({}).items()}
+    m.shared["memory"].restore({**parts, "seen": np.zeros(2 + m.options.slots)})
+
+
+def mamo(**changes: Any) -> MAMO:
+    """In float64, of a world where profiles, slots and the layers' step sizes differ."""
+    m: Any = oracle.build(MAMO, options.MAMO(**{**SMALL, **changes}))
+    m.shared = Shared.of(m.memories())
+    with torch.no_grad():
+        for table in (*m.embedding.users().values(), *m.embedding.items().values()):
+            table.weight.mul_(5)
+        m.log_rate += 0.5 * torch.linspace(-1, 1, len(m.log_rate), dtype=torch.float64)
+    fill(m)
+    return m
+
+
+def batch_of(*ids: int) -> TaskBatch:
+    """The ragged batch for six tasks; the fourth has no support."""
+    batch = oracle.batch(*RAGGED)
+    first = len(batch.blocks[0].task)
+    for block, part in zip(batch, (ids[:first], ids[first:]), strict=True):
+        block.task[:] = torch.tensor(part) * KINDS
+    return batch
+
+
+def read(m: MAMO) -> Arrays:
+    return m.shared["memory"].read({})
+
+
+def agree(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 1e-9) -> None:
+    assert set(ours) == set(theirs)
+    for name, value in ours.items():
+        torch.testing.assert_close(
+            value, theirs[name], rtol=tolerance, atol=tolerance, msg=lambda s, n=name: f"{n}: {s}"
+        )
+
+
+def equal(ours: Arrays, theirs: Arrays) -> None:
+    """Bit for bit."""
+    assert set(ours) == set(theirs)
+    for name, value in ours.items():
+        assert value.dtype == theirs[name].dtype
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+FORMS = ("auto", "dual", "private")
+CASES: list[dict[str, Any]] = [
+    *(
+        {"steps": steps, "first_order": first, "form": form}
+        for steps, first, form in itertools.product((1, 2, 3), (False, True), FORMS)
+    ),
+    *({"recommender": r, "form": form} for r, form in itertools.product(("dnn", "nmf"), FORMS)),
+    *({"classes": True, "wide": True, "form": form} for form in FORMS),
+    *(
+        {"per_item": True, "first_order": first, "form": form, "recommender": r}
+        for first, form, r in ((False, "auto", "memory"), (False, "dual", "memory"), (True, "private", "dnn"))
+    ),
+    {"layers": 1, "hidden": (), "tau": 0.7},
+    {"layers": 3, "slots": 1, "temperature": 1.0},
+    {"tau": 0.0, "recommender": "dnn", "wide": True},
+    {"steps": 0},
+    {"learn_rates": False},
+]
+
+
+@pytest.mark.parametrize("changes", CASES, ids=lambda c: " ".join(f"{k}={v}" for k, v in c.items()))
+def test_losses_and_meta_gradients_equal_plain_autograd(changes):
+    m, batch = mamo(**changes), oracle.batch(*RAGGED)
+    ours, theirs = m.loss(batch), torch.stack([user.loss for user in mamo_oracle.visit(m, batch)])
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    a, b = oracle.gradients(ours, m), oracle.gradients(theirs, m)
+    agree(a, b)
+
+
+def test_the_meta_gradient_agrees_with_finite_differences():
+    """Attention is a constant of the profile; differences see it as one where it is the same for all profiles."""
+    m, batch = mamo(temperature=0.0), oracle.batch(*RAGGED)
+    gradient = oracle.gradients(m.loss(batch), m)
+    generator = torch.Generator().manual_seed(3)
+    for name, p in m.named_parameters():
+        direction = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        difference = 0.0
+        for sign in (1, -1):
+            with torch.no_grad():
+                p += sign * 1e-6 * direction
+                difference += sign * float(m.loss(batch).sum()) / 2e-6
+                p -= sign * 1e-6 * direction
+        assert difference == pytest.approx(float((gradient[name] * direction).sum()), rel=1e-5, abs=1e-5), name
+
+
+WRITES: list[dict[str, Any]] = [
+    *({"write": w, "erase": e} for w, e in itertools.product(("mean", "sequential"), ("attended", "all"))),
+    {"write": "sequential", "steps": 0},
+    {"steps": 3, "first_order": True, "recommender": "dnn"},
+    {"write": "sequential", "per_item": True, "form": "dual"},
+    {"classes": True, "form": "private", "slots": 1},
+    {"tau": 0.0, "layers": 1},
+]
+
+
+@pytest.mark.parametrize("changes", WRITES, ids=lambda c: " ".join(f"{k}={v}" for k, v in c.items()))
+def test_what_is_written_equals_the_equations(changes):
+    """Two batches of other tasks in turn, with a meta-update between: the second reads what the first wrote, and what
+    is written is of the weights and step sizes that the step began with."""
+    m = mamo(**changes)
+    for batch in (batch_of(9, 2, 7, 4, 1, 3), batch_of(30, 11, 2, 9, 5, 1)):
+        before, losses = mamo_oracle.memory(m), m.loss(batch)
+        expected = mamo_oracle.written(m, before, mamo_oracle.visit(m, batch))
+        losses.sum().backward()
+        m.write()
+        with torch.no_grad():
+            for p in m.parameters():
+                if p.grad is not None:
+                    p -= 0.01 * p.grad
+                    p.grad = None
+        agree(mamo_oracle.memory(m), expected)
+        assert all((before[name] != v).any() for name, v in expected.items())
+
+
+def test_a_task_without_support_writes_its_profile_no_gradient_and_the_matrix_it_read():
+    m = mamo(write="sequential", slots=1, alpha=0.5, beta=0.25, gamma=0.125)
+    batch = oracle.batch([[0]], [[3]])
+    before = mamo_oracle.memory(m)
+    m.loss(batch).sum().backward()
+    m.write()
+    p_u = m.embedding.encode(batch).users(batch.blocks[0]).detach()
+    expected = {"profile": 0.5 * before["profile"] + 0.5 * p_u, "preference": before["preference"]}
+    agree(mamo_oracle.memory(m), expected | {f"gradient{i}": 0.75 * before[f"gradient{i}"] for i in range(2)}, 1e-12)
+
+
+@pytest.mark.parametrize("write", ["mean", "sequential"])
+def test_writes_do_not_depend_on_how_a_batch_is_spread(write):
+    """What 1, 2, 3, 5 workers write, one of them without tasks and in any order, makes the same memory (1e-12)."""
+    m = mamo(write=write)
+    whole, state = batch_of(9, 2, 7, 4, 1, 3), m.shared["memory"].snapshot()
+    tasks = [(block, torch.tensor([b])) for block in whole for b in range(len(block.task))]
+
+    def of(part: list[int]) -> Arrays:
+        """What a worker with these of the tasks writes."""
+        blocks = [tasks[i][0].take(tasks[i][1]) for i in part]
+        if blocks:
+            m.loss(TaskBatch(whole.items, tuple(blocks))).sum().backward()
+        m.write()
+        pending = m.shared["memory"].pending
+        assert pending is not None
+        m.shared["memory"].discard()
+        return pending
+
+    results, reports = [], []
+    for spread in ([[*range(6)]], [[4, 1, 5], [2, 0, 3]], [[3], [], [5, 4, 0, 1, 2]], [[1], [4, 0], [3], [2, 5], []]):
+        writes = [of(part) for part in spread]
+        m.shared["memory"].restore(state)
+        memory: Any = m.shared["memory"].memory
+        memory.merge(writes)
+        results.append(mamo_oracle.memory(m))
+        reports.append(m.shared["memory"].report())
+        m.shared["memory"].restore(state)
+    m.loss(whole).sum().backward()  # the batch as it is, in padded blocks
+    m.write()
+    for found in (*results[1:], mamo_oracle.memory(m)):
+        agree(results[0], found, 1e-12)
+    for found in reports[1:]:
+        assert found["entropy"] == pytest.approx(reports[0]["entropy"], rel=1e-12)
+        assert found["usage"] == pytest.approx(reports[0]["usage"], rel=1e-12)
+
+
+def test_a_worker_without_tasks_writes_nothing():
+    m = mamo()
+    m.loss(oracle.batch(*RAGGED)).sum().backward()
+    m.write()
+    before = read(m)
+    m.loss(NOBODY)
+    m.write()
+    equal(read(m), before)
+    m.write()  # and where it was not even asked for losses
+    equal(read(m), before)
+
+
+def test_memories_are_only_read_where_nothing_is_learned():
+    """Algorithm 2: adapting and predicting, however often, and facts; training steps around them write as without."""
+    m, plain = mamo(), mamo()
+    test = oracle.batch(*RAGGED, seed=8)
+
+    def use() -> None:
+        for _ in range(3):
+            scores = m.predict(state := m.adapt(test), test)
+            m.facts(state, test)
+        again = m.predict(m.adapt(test), test)
+        assert all(torch.equal(a, b) for a, b in zip(scores, again, strict=True))
+        with torch.no_grad():
+            m.loss(test)
+
+    for n in range(3):
+        before = m.shared["memory"].snapshot()
+        use()
+        assert m.shared["memory"].pending is None
+        equal(m.shared["memory"].snapshot(), before)
+        for each in (m, plain):
+            each.loss(oracle.batch(*RAGGED, seed=n)).sum().backward()
+            each.write()
+        assert any((before[name] != v).any() for name, v in read(m).items())
+        equal(read(m), read(plain))
+    use()
+    m.write()  # nothing is left over from there
+    equal(read(m), read(plain))
+
+
+def test_what_is_predicted_looks_at_no_query_label_and_equals_the_loss_pass():
+    """Batch by batch, and in one: the answers for a task are its own."""
+    m, batch = mamo(), oracle.batch(*RAGGED)
+    hidden = TaskBatch(
+        batch.items,
+        tuple(replace(b, query=replace(b.query, label=torch.full_like(b.query.label, float("nan")))) for b in batch),
+    )
+    scores = m.predict(m.adapt(hidden), hidden)
+    losses = [m.head.error(s, b.query) for s, b in zip(scores, batch, strict=True)]
+    torch.testing.assert_close(torch.cat(losses), m.loss(batch).detach())
+    for block, together in zip(hidden, scores, strict=True):
+        alone = TaskBatch(hidden.items, (block.take(torch.tensor([1])),))
+        torch.testing.assert_close(m.predict(m.adapt(alone), alone)[0], together[1:2], rtol=1e-9, atol=1e-9)
+
+
+def test_classes_predict_the_expected_rating():
+    m, batch = mamo(classes=True), oracle.batch(*RAGGED)
+    users, scores = mamo_oracle.visit(m, batch), m.predict(m.adapt(batch), batch)
+    shown = scores[0][0, : int(batch.blocks[0].query.mask[0].sum())]
+    expected = users[0].outputs.softmax(1) @ torch.arange(1, 6).double()
+    torch.testing.assert_close(shown, expected.detach(), rtol=1e-9, atol=1e-9)
+    assert 1 < float(shown.min()) < float(shown.max()) < 5
+
+
+def test_facts_are_each_tasks_attention():
+    m, batch = mamo(), oracle.batch(*RAGGED)
+    users, facts = mamo_oracle.visit(m, batch), m.facts(m.adapt(batch), batch)
+    a = torch.stack([u.attention for u in users])
+    for k in range(3):
+        torch.testing.assert_close(torch.cat(facts[f"slot_{k}"]), a[:, k], rtol=1e-9, atol=1e-9)
+    entropy = -(a * a.log()).sum(1) / np.log(3)
+    torch.testing.assert_close(torch.cat(facts["entropy"]), entropy, rtol=1e-9, atol=1e-9)
+    m.loss(batch).sum().backward()
+    m.write()
+    read(m)
+    report = m.shared["memory"].report()
+    assert report["entropy"] == pytest.approx(float(entropy.mean()))
+    assert report["usage"] == pytest.approx(a.mean(0).tolist())
+    assert "entropy" not in mamo(slots=1).facts([], batch)
+
+
+GROUPS = Dataset("groups", Label("rating", 1, 5), (Field("group", "categorical", 4),), oracle.ITEM_FIELDS, 50, 12, 500)
+
+
+def groups(**changes: Any) -> tuple[MAMO, TaskBatch]:
+    """A world of three kinds of users whose profiles have nothing in common; ten of each, K = 3."""
+    torch.manual_seed(0)
+    o = options.MAMO(**{**SMALL, **changes})
+    m = MAMO(o, GROUPS, oracle.items()).double()
+    m.shared = Shared.of(m.memories())
+    with torch.no_grad():
+        m.embedding.users()["group"].weight[1:] = torch.eye(3)
+    batch = oracle.batch([[4] * 30], [[2] * 30])
+    block = batch.blocks[0]
+    user = {"group": Bag(torch.arange(30)[:, None] % 3 + 1, None)}
+    return m, TaskBatch(batch.items, (replace(block, user=user),))
+
+
+def written_often(m: MAMO, batch: TaskBatch, times: int) -> dict[str, Any]:
+    """What is reported after so many steps that wrote and learned nothing else; of the last of them."""
+    for n in range(times):
+        m.loss(batch)
+        m.write()
+        if n + 2 == times:
+            read(m)
+            m.shared["memory"].report()
+    read(m)
+    return m.shared["memory"].report()
+
+
+def test_slots_collapse_as_printed_and_tell_groups_apart_with_a_temperature():
+    """As printed, a softmax of cosines gives a slot at most e² times another's share of a profile, so each write pulls
+    all slots towards the mean profile, whence shares come closer still: they end as one. A temperature breaks that."""
+    printed = written_often(*groups(temperature=1.0, erase="all"), 150)
+    assert printed["alike"] == pytest.approx(1, abs=1e-3)
+    assert printed["entropy"] == pytest.approx(1, abs=1e-3)
+    m, batch = groups(temperature=10.0, erase="attended")
+    ours = written_often(m, batch, 150)
+    assert ours["entropy"] < 0.1
+    assert ours["alike"] < 0.1
+    assert ours["usage"] == pytest.approx([1 / 3] * 3, abs=0.05)
+    a = torch.stack([m.facts([], batch)[f"slot_{k}"][0] for k in range(3)], 1)
+    assert sorted(a[:3].argmax(1).tolist()) == [0, 1, 2]  # a group a slot
+
+
+def test_preferences_fade_where_a_write_erases_more_than_it_brings():
+    """Without inner steps a user writes back the matrix M_uI = Σ_k a_uk M_k that was read. Summed over the slots,
+    `all` erases γ Σ_k M_k and brings γ M_uI, which is a K-th of that where attention is even: what users prefer fades
+    by 1 − γ (1 − 1/K) a step though nobody wrote anything else. `attended` erases γ Σ_k a_uk M_k = γ M_uI: as much as
+    it brings, so the sum stays whatever the attention."""
+    for temperature, times in ((0.0, 20), (10.0, 20)):
+        for erase in ("all", "attended"):
+            m, batch = groups(temperature=temperature, erase=erase, steps=0, gamma=0.1)
+            fill(m)
+            before = mamo_oracle.memory(m)["preference"]
+            written_often(m, batch, times)
+            after = mamo_oracle.memory(m)["preference"]
+            if erase == "attended":
+                torch.testing.assert_close(after.sum(0), before.sum(0), rtol=1e-12, atol=1e-12)
+            elif temperature == 0:
+                left = (1 - 0.1 * (1 - 1 / 3)) ** times
+                torch.testing.assert_close(after.sum(0), left * before.sum(0), rtol=1e-12, atol=1e-12)
+            else:
+                assert after.norm() < 0.5 * before.norm()
+    m, batch = groups(slots=1, erase="all", steps=0)
+    fill(m)
+    before = mamo_oracle.memory(m)["preference"]
+    written_often(m, batch, 20)  # with one slot, all is what it brings
+    torch.testing.assert_close(mamo_oracle.memory(m)["preference"], before, rtol=1e-12, atol=1e-12)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the size of the largest tensor that was made, in elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, Tensor):
+                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
+        return out
+
+
+@pytest.mark.parametrize(("form", "recommender"), [("auto", "nmf"), ("dual", "memory"), ("private", "nmf")])
+def test_no_task_has_a_matrix_where_the_mix_is_kept_apart(form, recommender):
+    """A step with all its writes and its reverse pass makes no tensor of one weight a task: for the user network,
+    which sees one row a task, by the engine's own choice; for M_uI where the form says so."""
+    m: Any = oracle.build(MAMO, options.MAMO(embedding=32, width=150, steps=1, form=form, recommender=recommender))
+    m.shared = Shared.of(m.memories())
+    tasks = 40
+    batch = oracle.batch([[8] * tasks], [[3] * tasks])
+    smallest = 96 * 150  # weights of the user network's first layer
+    with Largest() as made:
+        m.loss(batch).sum().backward()
+        m.write()
+        read(m)
+    assert (made.elements >= tasks * smallest) == (form == "private")
+
+
+def test_the_form_of_a_layer_of_mixes_follows_cost():
+    """One row a task: the mix, for every K that is sensible. Many rows and slots: a matrix a task is cheaper."""
+    user, preference = Linear(96, 100), Blank(200, 100)
+    profile = Features(PerTask(torch.zeros(2, 1, 96)), fixed=True)
+    pairs = Features(PerTask(torch.zeros(2, 1, 100)), Dense(torch.zeros(2, 20, 100)))
+    for slots, steps in itertools.product((1, 3, 8), (1, 5)):
+        assert not Plan(steps, 5).private(user, profile, 1, slots)
+    assert Plan(5, 20).private(preference, pairs, 20, 8)
+    assert not Plan(1, 5).private(preference, pairs, 5, 1)
+
+
+def test_bad_input_is_one_sentence():
+    def made(dataset: Dataset, **changes: Any) -> MAMO:
+        return MAMO(options.MAMO(**{**SMALL, **changes}), dataset, oracle.items())
+
+    plain = replace(oracle.dataset(), user_fields=())
+    with pytest.raises(
+        UserError, match=r"^world: has no user fields to tell users apart by, which mamo's memory needs"
+    ):
+        made(plain)
+    clicks = replace(oracle.dataset(), label=Label("click", 0, 1))
+    with pytest.raises(UserError, match=r"^--classes: the labels are clicks, of which there are two; leave it out$"):
+        made(clicks, classes=True)
+    with pytest.raises(UserError, match=r"^--query-loss absolute: the labels are clicks"):
+        made(clicks, query_loss="absolute")
+    for flags, said in (
+        ({"slots": "0"}, "slots"),
+        ({"erase": "none"}, "attended"),
+        ({"write": "last"}, "sequential"),
+        ({"recommender": "rum"}, "nmf"),
+        ({"alpha": "1.5"}, "alpha"),
+        ({"temprature": "3"}, "temperature"),
+    ):
+        with pytest.raises(UserError, match=said):
+            config_module.build(options.MAMO, flags, "test")
+
+
+@pytest.mark.parametrize(
+    ("train", "changes", "said"),
+    [
+        ({"staleness": 1}, {"write": "sequential"}, "^--staleness 1: --write sequential needs what the step itself"),
+        ({"state_shards": 2}, {}, "^--state-shards 2: Attentive is not made for several shards; leave it at 1$"),
+    ],
+)
+def test_what_the_memory_cannot_be_is_said(train, changes, said):
+    with pytest.raises(UserError, match=said):
+        share(mamo(**changes), config_module.TrainOptions(**train), Exchange())
+
+
+def test_an_empty_world_and_clicks_train():
+    """Clicks: the sigmoid's cross-entropy, with the memories as they are."""
+    torch.manual_seed(0)
+    clicks = replace(oracle.dataset(), label=Label("click", 0, 1))
+    m = MAMO(options.MAMO(**SMALL), clicks, oracle.items()).double()
+    m.shared = Shared.of(m.memories())
+    batch = oracle.batch(*RAGGED)
+    blocks = tuple(
+        replace(
+            b, support=replace(b.support, label=b.support.label % 2), query=replace(b.query, label=b.query.label % 2)
+        )
+        for b in batch
+    )
+    batch = TaskBatch(batch.items, blocks)
+    before = {n: v.copy() for n, v in read(m).items()}
+    losses = m.loss(batch)
+    losses.sum().backward()
+    m.write()
+    assert all((before[name] != v).any() for name, v in read(m).items())
+    assert torch.isfinite(losses).all()
+    scores = m.predict(m.adapt(batch), batch)
+    assert all(float(s.min()) > 0 and float(s.max()) < 1 for s in scores)

@@ -144,7 +144,7 @@ def test_personal_initial_weights():
     x = torch.randn(2, 3, 4, dtype=torch.float64)
     from distmeta.adaptation.fast import Private
 
-    fast = FastWeights({layer: 0.1}, lambda *_: True)
+    fast = FastWeights({layer: 0.1}, Plan(1, 1, "private"))
     fast.linear[layer] = Private((start,), layer.bias.expand(2, 1, 1), True)
     tape = Tape(fast)
     out = tape.linear(layer, Node(Dense(x), needs=False))
@@ -289,7 +289,7 @@ def test_masks_padding_changes_nothing_and_an_empty_support_leaves_the_shared_mo
     close(oracle.gradients(m.loss(together), m), oracle.gradients(m.loss(apart), m))
     empty = apart.blocks[3]
     encoded = m.embedding.encode(apart)
-    shared = m(Tape(FastWeights({}, lambda *_: False)), *encoded.place(empty, empty.query)).part.rows().squeeze(-1)
+    shared = m(Tape(FastWeights({}, Plan(0, 0))), *encoded.place(empty, empty.query)).part.rows().squeeze(-1)
     torch.testing.assert_close(m.loss(apart)[3:], squared_error(shared, empty.query))
 
 

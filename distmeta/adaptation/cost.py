@@ -16,6 +16,9 @@ from distmeta.adaptation.maps import Layer
 
 WEIGHT_TRAFFIC = 10.0
 """Multiplications that cost as much time as writing, reading and differentiating one element of a private weight."""
+FORMED_TRAFFIC = 25.0
+"""The same of a mix that is formed, which no gradient is wanted of (fitted to MAMO's 200-100 layer, 15 + 5 rows, one
+step: two slots are a tie, with three forming is faster)."""
 PRIVATE_PRODUCT = 1.15
 """A batched product with private weights costs this much more a multiplication than one large shared product."""
 PAIR_PRODUCT = 2.2
@@ -49,12 +52,14 @@ def private_cost(s: int, q: int, t: int, d: int, h: int, stored: int) -> float:
 
 
 def mix_costs(s: int, q: int, t: int, d: int, h: int, stored: int, slots: int) -> tuple[float, float]:
-    """What a layer that starts from a mix of slots costs besides: kept apart, and formed into a weight a task.
+    """What a layer that starts from a mix of slots costs besides pairs: kept apart, and formed into a weight a task.
 
-    Apart, every pass and every δ W'ᵀ takes a product with each slot; formed, so does each of a weight's inputs, once,
-    and the first step's product is no longer shared.
+    Apart, every pass and every δ W'ᵀ takes a product with each slot; formed, it takes one, and each of the weight's
+    elements costs as many multiplications as there are slots, and its traffic. What is the same in all rows of a task
+    stays apart: it has one row.
     """
-    return (2 * t * s + q) * d * h * slots, (slots + WEIGHT_TRAFFIC) * stored * h + PRIVATE_PRODUCT * s * d * h
+    rows, same = (2 * t * s + q) * d, (2 * t + 1) * (stored - d) * slots
+    return (rows * slots + same) * h, (PRIVATE_PRODUCT * rows + (slots + FORMED_TRAFFIC) * d + same) * h
 
 
 @dataclass(frozen=True)
@@ -79,9 +84,21 @@ class Plan:
         """
         if self.form != "auto":
             return self.form == "private"
-        stored, h = layer.shape
-        d = sum(p.width for p in x.parts if not isinstance(p, PerTask))
+        stored, h, d = *layer.shape, _varying(x)
         base = sum(p.width for p in x.parts if not isinstance(p, PerTask | Gathered))
         sizes = (rows, self.query, self.steps, d, h)
-        more, formed = mix_costs(*sizes, stored, slots) if slots else (0.0, 0.0)
-        return private_cost(*sizes, stored) + formed < dual_cost(*sizes, x.fixed, base) + more
+        more = min(mix_costs(*sizes, stored, slots)) if slots else 0.0
+        begun = (slots + WEIGHT_TRAFFIC) * stored * h if slots else 0.0  # weights are private in the first pass too
+        return private_cost(*sizes, stored) + begun < dual_cost(*sizes, x.fixed, base) + more
+
+    def formed(self, layer: Layer, x: Features, rows: int, slots: int) -> bool:
+        """Whether the mix that a layer in dual form starts from is formed into a matrix a task; see `private`."""
+        if self.form != "auto":
+            return False
+        apart, formed = mix_costs(rows, self.query, self.steps, _varying(x), layer.shape[1], layer.shape[0], slots)
+        return formed < apart
+
+
+def _varying(x: Features) -> int:
+    """Inputs that differ between the rows of a task."""
+    return sum(p.width for p in x.parts if not isinstance(p, PerTask))

@@ -10,7 +10,7 @@ W and b are the shared ones, or each task's own to start from (starts.py).
 Shape letters: b tasks, R rows at hand, S support rows, d inputs, h outputs, e embedding width.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from distmeta.adaptation import chain
+from distmeta.adaptation.cost import Plan
 from distmeta.adaptation.features import Features, PerTask
 from distmeta.adaptation.lookup import gather
 from distmeta.adaptation.maps import Each, Layer, Linear, Map, Mix, Rate, Table
@@ -228,10 +229,6 @@ class FastTable:
         return FastTable(self.table, self.rate, (*self.pairs, (bag, delta)))
 
 
-Form = Callable[[Layer, Features, int, int], bool]
-"""(layer, its support input, support rows, slots of its mix or 0) -> whether the layer gets private weights."""
-
-
 def _number(rate: Rate) -> Rate:
     """A rate that needs no gradient as a number, which costs less in every product; on other devices it stays."""
     if isinstance(rate, Tensor) and not rate.requires_grad and rate.dim() == 0 and rate.device.type == "cpu":
@@ -245,15 +242,16 @@ class FastWeights:
     Args:
         rates: step size of each adapted map, the same in every step: a number, a scalar parameter (learned),
             [b, 1, 1] (personal), or one for each parameter.
-        private: chooses the form of a dense layer when it takes its first step; of one that starts from a mix when it
-            is first used.
+        plan: chooses the form of a dense layer when it takes its first step; of one that starts from a mix when it is
+            first used.
         mixes: what tasks start from in layers where that is their own; a Blank must be among them.
     """
 
-    def __init__(self, rates: Mapping[Map, Rate], private: Form, mixes: Mapping[Layer, Mix] | None = None) -> None:
+    def __init__(self, rates: Mapping[Map, Rate], plan: Plan, mixes: Mapping[Layer, Mix] | None = None) -> None:
         self.rates = {m: _number(r) for m, r in rates.items()}
-        self.private = private
+        self.plan = plan
         self.mixes = mixes or {}
+        self.graph = torch.is_grad_enabled()
         self.linear: dict[Layer, FastLinear] = {}
         self.tables: dict[Table, FastTable] = {}
         self.overlaps: dict[tuple[int, int], tuple[Bag, Bag, Tensor]] = {}
@@ -268,10 +266,13 @@ class FastWeights:
     def _begun(self, layer: Layer, x: Features, rows: int, rate: Rate | None) -> FastLinear:
         """`layer` before its first step, whose support input is x."""
         own, mix = Own(layer) if isinstance(layer, Linear) else None, self.mixes.get(layer)
-        start = own if mix is None else Mixed(own, mix)
+        slots = 0 if mix is None else len(mix.weight)
+        private = isinstance(rate, Each) or self.plan.private(layer, x, rows, slots)
+        formed = private or (slots > 0 and self.plan.formed(layer, x, rows, slots))
+        start = own if mix is None else Mixed(own, mix, formed)
         assert start is not None
-        chosen = isinstance(rate, Each) or self.private(layer, x, rows, 0 if mix is None else len(mix.weight))
-        return Private.of(start) if chosen else Dual(start)
+        with torch.set_grad_enabled(self.graph):  # first order: first used in a pass without, which the query's has
+            return Private.of(start) if private else Dual(start)
 
     def state(self, layer: Linear) -> chain.State:
         """What `layer` is now, for a chain of layers."""

@@ -74,7 +74,7 @@ def adapt(
         mixes: what tasks start from in layers where that is their own.
         watch: is shown each step's (input, δ) of all adapted maps; with graph unless `first_order`.
     """
-    fast = FastWeights(rates, plan.private, mixes)
+    fast = FastWeights(rates, plan, mixes)
     for turn in turns:
         with torch.no_grad() if first_order else contextlib.nullcontext():
             tape = Tape(fast)

@@ -36,8 +36,8 @@ from distmeta.tasks import Bag, Rows, TaskBatch, TaskBlock
 
 SLOPE = 0.01
 """Of the leaky ReLU below 0 (A.3: the default)."""
-GRADIENT, PREFERENCE = "gradient", "preference"
-"""Parts of the memory beside PROFILE: M_U, one a layer of the user network, and M_UI."""
+GRADIENT, PREFERENCE = "gradient", ("preference_user", "preference_item")
+"""Parts of the memory beside PROFILE: M_U, one a layer of the user network; M_UI, what of it meets e_u and e_i."""
 
 
 class MAMO(LayerRates):
@@ -113,12 +113,14 @@ class MAMO(LayerRates):
                 d, h = layer.shape
                 parts[f"{GRADIENT}{i}"] = ((k, d + 1, h), 0.01)  # a gradient's size; the last row is the bias's
         if self.preference is not None:
-            parts[PREFERENCE] = ((k, 2 * width, width), (6 * width) ** -0.5)  # as a dense layer's of that shape
+            size = (k, width, width), (6 * width) ** -0.5  # as large as a dense layer's weights
+            parts |= dict.fromkeys(PREFERENCE, size)
         return parts
 
     def memories(self) -> dict[str, Memory]:
         o = self.options
-        rates = {PROFILE: o.alpha, PREFERENCE: o.gamma} | {f"{GRADIENT}{i}": o.beta for i in range(o.layers)}
+        rates = {PROFILE: o.alpha, **dict.fromkeys(PREFERENCE, o.gamma)}
+        rates |= {f"{GRADIENT}{i}": o.beta for i in range(o.layers)}
         return {"memory": Attentive(self._start, rates, o.write == "sequential", o.erase == "attended")}
 
     def rates(self, batch: TaskBatch, encoded: Encoded) -> list[Mapping[Map, Rate]]:
@@ -144,7 +146,7 @@ class MAMO(LayerRates):
                 slots = self._recalled[f"{GRADIENT}{i}"]
                 mixes[layer] = Mix(-self.options.tau * attention, slots[:, :-1], slots[:, -1])
         if self.preference is not None:
-            mixes[self.preference] = Mix(attention, self._recalled[PREFERENCE], None)
+            mixes[self.preference] = Mix(attention, torch.cat([self._recalled[n] for n in PREFERENCE], 1), None)
         return mixes
 
     def fast_weights(
@@ -179,12 +181,13 @@ class MAMO(LayerRates):
         p = torch.cat([like.new_zeros(0, self.embedding.user_width), *(v.profile for v in visits)])
         factors = {PROFILE: Factors(like.new_ones(b, 1), -p, everyone)}
         for i, layer in enumerate(self._users if self.options.tau else ()):
-            x, delta, owner = _rows(visits, layer, like)
+            x, delta, owner = _rows(visits, layer, 0, layer.shape[0], like)
             factors[f"{GRADIENT}{i}"] = Factors(F.pad(x, (0, 1), value=1.0), -delta, owner)
         if self.preference is not None:
-            x, delta, owner = _rows(visits, self.preference, like)
             rate = self.log_rate[self.adapted().index(self.preference)].exp()
-            factors[PREFERENCE] = Factors(x, rate * delta, owner, attention)
+            for part, name in enumerate(PREFERENCE):
+                x, delta, owner = _rows(visits, self.preference, part, self.options.width, like)
+                factors[name] = Factors(x, rate * delta, owner, attention)
         return factors
 
     @torch.no_grad()
@@ -211,19 +214,20 @@ class _Visit:
     steps: list[Records] = field(default_factory=list)
 
 
-def _rows(visits: list[_Visit], layer: Layer, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs [n, d] and δ [n, h] of a layer's inner gradients over all steps and tasks, and whose each row is."""
-    xs, deltas = [like.new_zeros(0, layer.shape[0])], [like.new_zeros(0, layer.shape[1])]
+def _rows(visits: list[_Visit], layer: Layer, part: int, width: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A part [n, width] of a layer's inputs and the δ [n, h] of its inner gradients over all steps and tasks, and whose
+    each row is."""
+    xs, deltas = [like.new_zeros(0, width)], [like.new_zeros(0, layer.shape[1])]
     owners, first = [torch.zeros(0, dtype=torch.int64, device=like.device)], 0
     for visit in visits:
         b = len(visit.task)
         for records in visit.steps:
             for x, delta in records[layer]:
                 assert isinstance(x, Features)
-                rows = delta.shape[1]
-                xs.append(x.dense().expand(-1, rows, -1).flatten(0, 1))
-                deltas.append(delta.flatten(0, 1))
-                owners.append(torch.arange(first, first + b, device=like.device).repeat_interleave(rows))
+                rows = x.parts[part].rows()
+                xs.append(rows.flatten(0, 1))
+                deltas.append((delta if rows.shape[1] > 1 else delta.sum(1, keepdim=True)).flatten(0, 1))
+                owners.append(torch.arange(first, first + b, device=like.device).repeat_interleave(rows.shape[1]))
         first += b
     return torch.cat(xs), torch.cat(deltas), torch.cat(owners)
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from distmeta.adaptation.cost import Plan
 from distmeta.adaptation.fast import FastWeights
 from distmeta.adaptation.maps import Map, Rate
 from distmeta.methods.gradient import LayerRates
@@ -30,5 +31,5 @@ class Transfer(LayerRates):
     def block_loss(self, block: TaskBlock, encoded: Encoded, rates: Mapping[Map, Rate]) -> Tensor:
         """Mean loss [b] over each task's support and query rows at the joint parameters: no inner step."""
         whole = replace(block, query=block.rows())
-        unmoved = FastWeights({}, lambda *_: False)
+        unmoved = FastWeights({}, Plan(0, 0))
         return self.head.error(self.outputs(whole, encoded, unmoved), whole.query)

@@ -4,7 +4,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from distmeta.errors import RunError, UserError
@@ -15,7 +15,7 @@ COMMANDS = {
     "train": "meta-train a method, evaluate it against the floors, write the report",
     "evaluate": "evaluate a run again and rewrite its report",
     "benchmark": "measure this machine: adaptation, input",
-    "reproduce": "a paper's table: its rows and ours side by side",
+    "reproduce": "a paper's tables and parameter studies: its rows and ours side by side",
 }
 
 
@@ -48,19 +48,28 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str]) -> int:
     """Run one command; the exit status: 0, 2 for usage and bad input, 1 for a run that failed."""
+    return guarded(lambda: _command(argv))
+
+
+def _command(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(
+            "usage: distmeta COMMAND [...]\n\n"
+            + "\n".join(f"  {n:<10} {h}" for n, h in COMMANDS.items())
+            + "\n\n`distmeta COMMAND --help` explains each."
+        )
+        return 0
+    if argv[0] not in COMMANDS:
+        near = nearest(argv[0], COMMANDS)
+        raise UserError(f"unknown command {argv[0]!r}{near}; commands: {' '.join(COMMANDS)}")
+    command = importlib.import_module(f"distmeta.commands.{argv[0]}")
+    return command.main(list(argv[1:])) or 0
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """What `work` returns; for what it raises, a sentence on standard error and the exit status of `main`."""
     try:
-        if not argv or argv[0] in ("-h", "--help"):
-            print(
-                "usage: distmeta COMMAND [...]\n\n"
-                + "\n".join(f"  {n:<10} {h}" for n, h in COMMANDS.items())
-                + "\n\n`distmeta COMMAND --help` explains each."
-            )
-            return 0
-        if argv[0] not in COMMANDS:
-            near = nearest(argv[0], COMMANDS)
-            raise UserError(f"unknown command {argv[0]!r}{near}; commands: {' '.join(COMMANDS)}")
-        command = importlib.import_module(f"distmeta.commands.{argv[0]}")
-        return command.main(list(argv[1:])) or 0
+        return work()
     except (UserError, RunError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2 if isinstance(e, UserError) else 1

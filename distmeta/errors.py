@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class RunError(Exception):
     """A run that was started properly and failed (full disk, diverged loss, lost worker). Exit status 1."""
+
+
+class Diverged(RunError):
+    """Training came to a number that is not finite: with the same settings it always will."""

@@ -99,6 +99,7 @@ def test_numbers_are_those_of_the_runs(done: Path) -> None:
     assert rows["Rival"]["ours"] == [None] * 4
     assert rows["MeLU"]["ours"] == rows["MeLU, 5 steps"]["ours"]
     evaluations = [json.loads((done / f"runs/synthetic-paml-transfer-{s}/evaluation.json").read_text()) for s in (0, 1)]
+    pooled = next(p for p in section["paired"] if (p["label"], p["against"]) == ("Transfer", "als"))
     for i, (cohort, metric) in enumerate((("all", "mse"), ("minor", "mse"), ("all", "ndcg@3"))):
         a, b = (e["cohorts"][cohort][metric] for e in evaluations)
         expected = {"mean": (a + b) / 2, "sd": abs(a - b) / math.sqrt(2)}
@@ -108,7 +109,6 @@ def test_numbers_are_those_of_the_runs(done: Path) -> None:
         floors = [e["floors"]["als"][cohort][metric] for e in evaluations]
         assert rows["als"]["ours"][i]["seeds"] == floors
         n = [e["cohorts"][cohort]["n_ranked" if metric == "ndcg@3" else "n_tasks"] for e in evaluations]
-        pooled = next(p for p in section["paired"] if (p["label"], p["against"]) == ("Transfer", "als"))
         difference, low, high = pooled["differences"][i]
         assert difference == pytest.approx(np.average([a - floors[0], b - floors[1]], weights=n))
         assert low < difference < high

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distmeta.cli import Parser
-from distmeta.errors import UserError
+from distmeta.errors import RunError, UserError
 from distmeta.evaluation.papertables import FLOORS, HEADS, PREPARE, TABLES, PaperTable
 from distmeta.evaluation.studies import STUDIES, Study
 from distmeta.fields import nearest
@@ -15,9 +15,9 @@ from distmeta.storage import Location
 
 if TYPE_CHECKING:
     from distmeta.commands.reproduce_runs import Run
-    from distmeta.commands.reproduce_studies import Planned
     from distmeta.data.schema import Dataset
     from distmeta.evaluation.measured import Measured
+    from distmeta.evaluation.study import Curves
 
 _EPILOG = """\
 tables: {tables}
@@ -50,19 +50,22 @@ def main(argv: Sequence[str]) -> int:
     submitted.check("--out", args.out)
     from distmeta.commands import reproduce_runs as runs
     from distmeta.commands import reproduce_studies as studies
+    from distmeta.commands.reproduce_jobs import train_missing
 
     common = [w for f in ("workers", "threads", "epochs") if getattr(args, f) for w in (f"--{f}", getattr(args, f))]
+    _check_jobs(args.jobs, args.workers, Location.of(args.out))
     settings = [runs.Setting.of(text) for text in args.set]
     call = runs.Call(args.seeds, Location.of(args.out), methods, settings, common)
     datasets = {name: runs.dataset_at(name, place) for name, place in places.items()}
     tables = [(t, runs.plan(t, places, call)) for t in asked if isinstance(t, PaperTable)]
     planned = [(s, studies.plan(s, args.panels, places[s.dataset], call)) for s in asked if isinstance(s, Study)]
     needed = [*(r for _, found in tables for r in found), *(r for _, found in planned for p in found for r in p.runs())]
-    every = list({str(run.where): run for run in reversed(needed)}.values())[::-1]
+    every = sorted({str(run.where): run for run in reversed(needed)}.values(), key=lambda run: run.seed)
     _check_settings(settings, every)
     for run in every:
         runs.check(run)
-    runs.train_missing(every)
+    failed = train_missing(every, args.jobs)
+    _check_tables(tables, failed)
     for one in asked:
         more = {
             "seeds": args.seeds,
@@ -73,7 +76,10 @@ def main(argv: Sequence[str]) -> int:
             _write(one, next(found for t, found in tables if t is one), places, datasets, call.out, more)
         else:
             found = next(found for s, found in planned if s is one)
-            _write_study(one, found, places[one.dataset], datasets[one.dataset], call.out, more)
+            points = studies.gather(one, found, places[one.dataset], datasets[one.dataset], failed)
+            _write_study(one, points, call.out, more)
+    if failed:
+        raise RunError(f"{len(failed)} runs diverged, which the pages say: {', '.join(failed)}")
     return 0
 
 
@@ -106,6 +112,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--epochs", metavar="N", help="--epochs of train, for all methods")
     parser.add_argument("--workers", metavar="N", help="--workers of train")
     parser.add_argument("--threads", metavar="N", help="--threads of train")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N",
+        help="train N runs at a time, each a process with one thread (or --threads) that logs to RUN.log [1]",
+    )  # fmt: skip
     return parser.parse(argv)
 
 
@@ -189,6 +199,24 @@ def _places(given: Sequence[str], tables: Sequence[PaperTable | Study]) -> dict[
     return places
 
 
+def _check_jobs(jobs: int, workers: str | None, out: Location) -> None:
+    """UserError where so many runs cannot be trained at once."""
+    if jobs < 1:
+        raise UserError(f"reproduce: --jobs must be at least 1, not {jobs}")
+    if jobs > 1 and workers not in (None, "0"):
+        raise UserError(f"reproduce: --jobs {jobs} is for runs without Ray; leave out --workers {workers}, or --jobs")
+    if jobs > 1 and not out.is_local:
+        raise UserError(f"reproduce: --jobs {jobs} needs an --out on this machine for its logs, not {out}")
+
+
+def _check_tables(tables: Sequence[tuple[PaperTable, Sequence["Run"]]], failed: Mapping[str, str]) -> None:
+    """RunError where a run of a table diverged: it has no row without its numbers."""
+    for table, found in tables:
+        for run in found:
+            if said := failed.get(str(run.where)):
+                raise RunError(f"{table.name}: {run.where}: {said}; give it other settings with --set")
+
+
 def _check_settings(settings: Sequence[Any], runs: Sequence["Run"]) -> None:
     """UserError for a --set that reaches no run: a word of it is misspelt."""
     from distmeta.commands.reproduce_runs import flags_of
@@ -252,20 +280,12 @@ def _write(
     print(f"\n{text}\n{out / table.name}.html, .md and .json")
 
 
-def _write_study(
-    study: Study,
-    planned: Sequence["Planned"],
-    place: Location,
-    dataset: "Dataset",
-    out: Location,
-    more: Mapping[str, Any],
-) -> None:
+def _write_study(study: Study, measured: Mapping[str, "Curves"], out: Location, more: Mapping[str, Any]) -> None:
     """OUT/STUDY.svg, .html, .md and, last, .json."""
-    from distmeta.commands import reproduce_studies as studies
     from distmeta.evaluation import study as assembly
     from distmeta.evaluation import study_page, studycharts
 
-    found = assembly.assemble(study, studies.gather(study, planned, place, dataset))
+    found = assembly.assemble(study, measured)
     there = [p["name"] for p in found["panels"]]
     found |= {**more, "left_out": [p.name for p in study.panels if p.name not in there]}
     text = study_page.markdown(found)

@@ -2,8 +2,7 @@
 
 import dataclasses
 import re
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from distmeta.config import Config, DataOptions, TrainOptions
 from distmeta.data import protocols, tasktable
 from distmeta.data.schema import Dataset
 from distmeta.data.tasktable import TaskTable
-from distmeta.errors import RunError, UserError
+from distmeta.errors import UserError
 from distmeta.evaluation.papertables import PREPARE, Ours, PaperTable
 from distmeta.evaluation.studies import Study
 from distmeta.methods import entry
@@ -184,28 +183,6 @@ def read_summary(where: Location) -> dict[str, Any]:
     if not isinstance(summary, dict) or not isinstance(summary.get("split_hash"), str):
         raise UserError(f"{where / 'run.json'}: does not say which split it is of; {mend}")
     return summary
-
-
-def train_missing(runs: Sequence[Run], log: Callable[[str], None] = print) -> None:
-    """Train the runs that have not finished, going on with those begun; each ends evaluated.
-
-    Raises:
-        UserError, RunError: a run failed; what is finished stays, and a second call goes on from there.
-    """
-    missing = [run for run in runs if not rundir.finished(run.where)]
-    log(f"{len(runs)} runs, {len(runs) - len(missing)} finished, {len(missing)} to train")
-    start = time.monotonic()
-    for i, run in enumerate(missing):
-        left = ""
-        if i:
-            each = (time.monotonic() - start) / i
-            left = f", about {each * (len(missing) - i) / 60:.0f} min left"
-        log(f"\n[{i + 1}/{len(missing)}{left}] {run.label} on {run.dataset}, split {run.seed} -> {run.where}")
-        argv = [*run.argv, "--resume"] if rundir.exists(run.where) else list(run.argv)
-        try:
-            train.main(argv)
-        except RunError as e:
-            raise RunError(f"{run.where}: {e}; the {i} runs before it stand, the same command goes on") from e
 
 
 def tasks(run: Run, place: Location) -> TaskTable:

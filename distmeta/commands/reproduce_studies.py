@@ -58,11 +58,16 @@ def _seeds(study: Study, panel: Panel, ours: Ours, value: Any, place: Location, 
     return tuple(runs.make(study, study.dataset, place, point, seed, call) for seed in range(call.seeds))
 
 
-def gather(study: Study, planned: Sequence[Planned], place: Location, dataset: "Dataset") -> dict[str, "Curves"]:
+def gather(
+    study: Study, planned: Sequence[Planned], place: Location, dataset: "Dataset", failed: Mapping[str, str]
+) -> dict[str, "Curves"]:
     """What every point of a study came to, by panel; what no run has measured yet is measured.
 
+    Args:
+        failed: where runs lie that diverged -> what they said.
+
     Raises:
-        UserError: a run is damaged, or of another split. RunError: a prediction is not finite.
+        UserError: a run is damaged, or of another split. RunError: a prediction on training tasks is not finite.
     """
     from distmeta.evaluation import evaluate as evaluation
     from distmeta.evaluation.study import Curves, Point
@@ -72,22 +77,31 @@ def gather(study: Study, planned: Sequence[Planned], place: Location, dataset: "
     measured: dict[str, dict[str, Measured]] = {}
     for run in (r for p in planned for r in p.runs()):
         where = str(run.where)
-        if where in measured:
+        if where in tables:
             continue
         tables[where] = table = runs.tasks(run, place)
         if str(table.location) not in floors:
             floors[str(table.location)] = evaluation.floors(table, dataset, place, JUDGED)
-        measured[where] = {split: _split(run, split, table, place, dataset) for split in study.splits}
+        if where not in failed:
+            measured[where] = {split: _split(run, split, table, place, dataset) for split in study.splits}
 
     def point(seeds: Sequence[Run]) -> Point:
-        found = [(measured[str(r.where)], floors[str(tables[str(r.where)].location)]) for r in seeds]
-        return Point(
-            {split: [mine[split] for mine, _ in found] for split in study.splits},
-            {floor: [theirs[floor] for _, theirs in found] for floor in JUDGED},
-        )
+        said = [failed[str(r.where)] for r in seeds if str(r.where) in failed]
+        if said:
+            return Point({}, said[0])
+        return Point({split: [measured[str(r.where)][split] for r in seeds] for split in study.splits})
+
+    def beside(seeds: Sequence[Run]) -> "dict[str, list[Measured]]":
+        theirs = [floors[str(tables[str(r.where)].location)] for r in seeds]
+        return {floor: [one[floor] for one in theirs] for floor in JUDGED}
 
     return {
-        p.panel.name: Curves(p.values, p.default, {label: [*map(point, by)] for label, by in p.curves.items()})
+        p.panel.name: Curves(
+            p.values,
+            p.default,
+            {label: [*map(point, by)] for label, by in p.curves.items()},
+            [*map(beside, next(iter(p.curves.values())))],
+        )
         for p in planned
     }
 

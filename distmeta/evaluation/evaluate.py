@@ -17,7 +17,7 @@ from distmeta.data.schema import Dataset, Label
 from distmeta.data.tables import to_polars
 from distmeta.data.taskmaker import ROW_COHORT
 from distmeta.data.tasktable import TaskTable
-from distmeta.errors import RunError, UserError
+from distmeta.errors import Diverged, UserError
 from distmeta.evaluation import significance
 from distmeta.evaluation.cohorts import cohorts, groups, matched
 from distmeta.evaluation.measured import FACT, ErrorHistogram, Measured
@@ -92,7 +92,7 @@ def measure(
 def _check_finite(method: Method, block: TaskBlock, score: Tensor) -> None:
     bad = (~score.isfinite() & block.query.mask).any(1)
     if bad.any():
-        raise RunError(
+        raise Diverged(
             f"{method.name}: its prediction for task {int(block.task[bad][0])} is not a finite number; "
             "training diverged, lower the step sizes (lr, local_lr)"
         )

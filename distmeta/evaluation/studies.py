@@ -1,4 +1,4 @@
-"""MAMO's parameter studies (paper 003, Figures 2, 4 and 5) as data: what is varied, over which values, what it found."""
+"""MAMO's parameter studies (paper 003, Figures 2, 4 and 5) as data: what is varied, and what the paper says of it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

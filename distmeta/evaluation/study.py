@@ -29,9 +29,9 @@ class Point:
     """One curve at one value."""
 
     splits: Mapping[str, Seeds]
-    """What of the run was measured, by split."""
-    floors: Mapping[str, Seeds]
-    """Each floor of JUDGED on the same test tasks."""
+    """What was measured, by split; empty where a run diverged."""
+    failed: str = ""
+    """What it said, where one did."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Curves:
     """One of `values`."""
     points: Mapping[str, Sequence[Point]]
     """Label of the curve -> its points, by value."""
+    floors: Sequence[Mapping[str, Seeds]]
+    """By value: each floor of JUDGED on the same test tasks."""
 
 
 def assemble(study: Study, measured: Mapping[str, Curves]) -> dict[str, Any]:
@@ -55,9 +57,9 @@ def assemble(study: Study, measured: Mapping[str, Curves]) -> dict[str, Any]:
     Returns:
         {"study", "title", "protocol", "dataset", "splits", "notes", "panels": [{"name", "flag", "label", "paper",
         "same_tasks", "values", "default", "floors": {floor: [numbers, by value]}, "curves": [{"label", "points":
-        [{"splits": {split: numbers}, "paired": {split: {against: {metric: [difference, low, high]}}}}, by value]}]}]},
-        where numbers: {metric: {"mean", "sd", "seeds"}, "n_tasks": [by seed]}; `against`: DEFAULT, a floor (of new
-        tasks alone), or the first curve's label.
+        [{"failed", "splits": {split: numbers}, "paired": {split: {against: {metric: [difference, low, high]}}}}, by
+        value]}]}]}, where numbers: {metric: {"mean", "sd", "seeds"}, "n_tasks": [by seed]}; `against`: DEFAULT, a floor
+        (of new tasks alone), or the first curve's label.
 
     Raises:
         RunError: what is to be compared was measured on other tasks.
@@ -74,16 +76,17 @@ def assemble(study: Study, measured: Mapping[str, Curves]) -> dict[str, Any]:
 
 
 def _panel(panel: Panel, found: Curves) -> dict[str, Any]:
-    first_label, first = next(iter(found.points.items()))
+    first = next(iter(found.points))
     curves = []
     for label, points in found.points.items():
         default = points[list(found.values).index(found.default)]
         made = []
         for i, point in enumerate(points):
             others = {DEFAULT: default} if panel.same_tasks and point is not default else {}
-            others |= {first_label: first[i]} if label != first_label else {}
-            paired = {split: _paired(point, others, split) for split in point.splits}
-            made.append({"splits": {s: _numbers(seeds, s) for s, seeds in point.splits.items()}, "paired": paired})
+            others |= {first: found.points[first][i]} if label != first else {}
+            paired = {split: _paired(point, others, found.floors[i], split) for split in point.splits}
+            splits = {s: _numbers(seeds, s) for s, seeds in point.splits.items()}
+            made.append({"failed": point.failed, "splits": splits, "paired": paired})
         curves.append({"label": label, "points": made})
     return {
         "name": panel.name,
@@ -93,7 +96,7 @@ def _panel(panel: Panel, found: Curves) -> dict[str, Any]:
         "same_tasks": panel.same_tasks,
         "values": list(found.values),
         "default": found.default,
-        "floors": {floor: [_numbers(point.floors[floor], "test") for point in first] for floor in JUDGED},
+        "floors": {floor: [_numbers(by[floor], "test") for by in found.floors] for floor in JUDGED},
         "curves": curves,
     }
 
@@ -116,10 +119,12 @@ def _units(measured: Measured, split: str) -> pl.DataFrame:
     return task_metrics(measured.tasks.filter(pl.col("split") == split)).select("task", *METRICS)
 
 
-def _paired(point: Point, others: Mapping[str, Point], split: str) -> dict[str, dict[str, significance.Interval]]:
+def _paired(
+    point: Point, others: Mapping[str, Point], floors: Mapping[str, Seeds], split: str
+) -> dict[str, dict[str, significance.Interval]]:
     """Differences point − other and, of new tasks, point − floor, all split seeds together; on the same resamples."""
-    theirs = {name: other.splits[split] for name, other in others.items()}
-    theirs |= {floor: point.floors[floor] for floor in JUDGED} if split == "test" else {}
+    theirs = {name: other.splits[split] for name, other in others.items() if other.splits}
+    theirs |= {floor: floors[floor] for floor in JUDGED} if split == "test" else {}
     pairs = []
     for i, mine in enumerate(point.splits[split]):
         frame = _units(mine, split)
@@ -128,8 +133,8 @@ def _paired(point: Point, others: Mapping[str, Point], split: str) -> dict[str, 
             other = _units(seeds[i], split)
             if not other["task"].equals(frame["task"]):
                 raise RunError(
-                    f"{name}: was measured on other {split} tasks ({len(other)}, here {len(frame)}); a paired difference"
-                    " needs the same, delete the runs and have them trained anew"
+                    f"{name}: was measured on other {split} tasks ({len(other)}, here {len(frame)}); a paired"
+                    " difference needs the same, delete the runs and have them trained anew"
                 )
             a.append(frame.select(pl.col(m).alias(f"{name} {m}") for m in METRICS))
             b.append(other.select(pl.col(m).alias(f"{name} {m}") for m in METRICS))
@@ -140,7 +145,7 @@ def _paired(point: Point, others: Mapping[str, Point], split: str) -> dict[str, 
 
 def best(panel: Mapping[str, Any], curve: Mapping[str, Any], metric: str, split: str) -> int | None:
     """Position of the value at which a curve is best; None where nothing was measured."""
-    known = [(p["splits"][split][metric]["mean"], i) for i, p in enumerate(curve["points"])]
+    known = [(p["splits"][split][metric]["mean"], i) for i, p in enumerate(curve["points"]) if not p["failed"]]
     known = [(mean, i) for mean, i in known if mean is not None]
     if not known:
         return None

@@ -106,11 +106,13 @@ def _rows(panel: Panel, split: str) -> tuple[list[str], list[tuple[str, list[Cel
 
 def _against(panel: Panel, split: str) -> list[str]:
     """What the points of a split are compared with."""
-    found = {name for curve in panel["curves"] for p in curve["points"] for name in p["paired"][split]}
+    found = {name for curve in panel["curves"] for p in curve["points"] for name in p["paired"].get(split, ())}
     return [name for name in (DEFAULT, *(c["label"] for c in panel["curves"]), *JUDGED) if name in found]
 
 
 def _cells(point: Mapping[str, Any], split: str, against: Sequence[str], stands_out: Mapping[str, bool]) -> list[Cell]:
+    if point.get("failed"):
+        return [("diverged", False)] + [("–", False)] * (len(METRICS) * (1 + len(against)))
     numbers, paired = point["splits"][split], point["paired"][split]
     cells: list[Cell] = [(", ".join(f"{n:,}" for n in dict.fromkeys(numbers["n_tasks"])), False)]
     for m in METRICS:
@@ -127,6 +129,8 @@ def _findings(panel: Panel, split: str) -> list[str]:
             i = best(panel, curve, metric, split)
             if i is not None:
                 said.append(f"{name}{_best(panel, curve, i, metric, head, split)}")
+        for value, point in zip(panel["values"], curve["points"], strict=True):
+            said += [f"{name}at {shown(value)} training diverged: {point['failed']}."] if point["failed"] else []
     return said
 
 

@@ -72,8 +72,9 @@ def _curve(
     axes: "Axes", curve: Mapping[str, Any], k: int, found: Panel, metric: str, split: str, several: bool
 ) -> None:
     """One curve with its deviations; curves beside one another are moved apart a little, so that bars stay legible."""
-    numbers = [point["splits"][split][metric] for point in curve["points"]]
-    known = [(i, n) for i, n in enumerate(numbers) if finite(n["mean"])]
+    there = [(i, point) for i, point in enumerate(curve["points"]) if not point["failed"]]
+    numbers = [(i, point["splits"][split][metric]) for i, point in there]
+    known = [(i, n) for i, n in numbers if finite(n["mean"])]
     shift = 0.06 * (k - (len(found["curves"]) - 1) / 2) if several else 0.0
     x, y = [i + shift for i, _ in known], [n["mean"] for _, n in known]
     bars = [n["sd"] or 0.0 for _, n in known]

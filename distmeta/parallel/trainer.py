@@ -22,7 +22,7 @@ from distmeta.config import Config
 from distmeta.data.loader import Loader, read_items
 from distmeta.data.schema import Dataset, Label
 from distmeta.data.tasktable import TaskTable
-from distmeta.errors import RunError, UserError
+from distmeta.errors import Diverged, RunError, UserError
 from distmeta.exchange import Exchange
 from distmeta.methods.base import Method, fit_closed_form
 from distmeta.parallel import checkpoint as checkpoints
@@ -227,7 +227,7 @@ class _Training:
                 raise self._diverged(e) from None
         self.progress.add(loss, count, update.counts)
 
-    def _diverged(self, e: NotFinite) -> RunError:
+    def _diverged(self, e: NotFinite) -> Diverged:
         """The sentence about it, the same on all workers, which are all here."""
         tasks = sorted(t for found in self.exchange.gather(json.dumps(e.tasks).encode()) for t in json.loads(found))
         blame = "of the batch's tasks together"
@@ -238,7 +238,7 @@ class _Training:
         newest = checkpoints.newest(self.run)
         kept = f"the checkpoint of step {newest.step} is kept" if newest else "there is no checkpoint yet"
         place = f"epoch {self.epoch + 1}, step {self.step}"
-        return RunError(f"{place}: the {e.what} {blame} is not finite; {kept}; {_DIVERGED}")
+        return Diverged(f"{place}: the {e.what} {blame} is not finite; {kept}; {_DIVERGED}")
 
     def _end_epoch(self) -> None:
         """Validate, write the epoch's line, tell, checkpoint."""
@@ -250,7 +250,7 @@ class _Training:
                 state.best, state.stale = None, 0  # a common start is no result of clusters yet
             mae, mse = validate(self.method, self.valid.evaluation(), self.label, self.exchange, self.device)
         if self.valid.n_tasks and not math.isfinite(mae):
-            raise RunError(f"epoch {self.epoch + 1}: predictions for the validation tasks are not finite; {_DIVERGED}")
+            raise Diverged(f"epoch {self.epoch + 1}: predictions for the validation tasks are not finite; {_DIVERGED}")
         state.judge(mae if self.valid.n_tasks else None, self.step)
         self._write_line(mae, mse, {"clusters": clusters} if clusters else {})
         over = self._over() is not None

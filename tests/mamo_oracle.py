@@ -6,15 +6,20 @@ one-hot, multi-hot or scalar matrices, and what is written to the memories is fo
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import oracle
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distmeta.memory.base import Shared
+from distmeta.methods import options
 from distmeta.methods.mamo import MAMO
 from distmeta.tasks import TaskBatch, TaskBlock
 
+SMALL: dict[str, Any] = {"embedding": 3, "width": 4, "hidden": (5,), "local_lr": 0.1, "item_ids": True, "steps": 2}
 Weights = dict[str, Tensor]
 """θ by name; "user0", "user1", … are the layers' weights, "user0 bias" … their biases."""
 
@@ -32,6 +37,25 @@ class User:
     """Query loss, with graph."""
     wrote: Weights
     """x_u of each part of the memory: p_u, the support's gradients with the bias's as the last row, M_uI adapted."""
+
+
+def mamo(**changes: Any) -> MAMO:
+    """In float64, of a world where profiles, slots and the layers' step sizes differ."""
+    m: Any = oracle.build(MAMO, options.MAMO(**{**SMALL, **changes}))
+    m.shared = Shared.of(m.memories())
+    with torch.no_grad():
+        for table in (*m.embedding.users().values(), *m.embedding.items().values()):
+            table.weight.mul_(5)
+        m.log_rate += 0.5 * torch.linspace(-1, 1, len(m.log_rate), dtype=torch.float64)
+    fill(m)
+    return m
+
+
+def fill(m: MAMO, seed: int = 5) -> None:
+    """Slots such as training leaves: none at its start, none like another."""
+    generator = np.random.default_rng(seed)
+    parts = {name: 0.5 * generator.normal(size=v.shape) for name, v in m.shared["memory"].read({}).items()}
+    m.shared["memory"].restore({**parts, "seen": np.zeros(2 + m.options.slots)})
 
 
 def shared(m: MAMO) -> Weights:

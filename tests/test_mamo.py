@@ -10,44 +10,20 @@ import oracle
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from distmeta import config as config_module
-from distmeta.adaptation.cost import Plan
-from distmeta.adaptation.features import Dense, Features, PerTask
-from distmeta.adaptation.maps import Blank, Linear
 from distmeta.data.protocols.base import KINDS
-from distmeta.data.schema import Dataset, Field, Label
+from distmeta.data.schema import Dataset, Label
 from distmeta.errors import UserError
 from distmeta.exchange import Exchange
 from distmeta.memory.base import Arrays, Shared
 from distmeta.methods import options
 from distmeta.methods.mamo import MAMO
 from distmeta.parallel.shared import share
-from distmeta.tasks import Bag, TaskBatch
+from distmeta.tasks import TaskBatch
 
-SMALL: dict[str, Any] = {"embedding": 3, "width": 4, "hidden": (5,), "local_lr": 0.1, "item_ids": True, "steps": 2}
 RAGGED = ([[5, 3, 1, 0], [7, 6]], [[2, 4, 3, 2], [1, 5]])
 NOBODY = TaskBatch(torch.zeros(0, dtype=torch.int64), ())
-
-
-def fill(m: MAMO, seed: int = 5) -> None:
-    """Slots such as training leaves: none at its start, none like another."""
-    generator = np.random.default_rng(seed)
-    parts = {name: 0.5 * generator.normal(size=v.shape) for name, v in m.shared["memory"].read({}).items()}
-    m.shared["memory"].restore({**parts, "seen": np.zeros(2 + m.options.slots)})
-
-
-def mamo(**changes: Any) -> MAMO:
-    """In float64, of a world where profiles, slots and the layers' step sizes differ."""
-    m: Any = oracle.build(MAMO, options.MAMO(**{**SMALL, **changes}))
-    m.shared = Shared.of(m.memories())
-    with torch.no_grad():
-        for table in (*m.embedding.users().values(), *m.embedding.items().values()):
-            table.weight.mul_(5)
-        m.log_rate += 0.5 * torch.linspace(-1, 1, len(m.log_rate), dtype=torch.float64)
-    fill(m)
-    return m
 
 
 def batch_of(*ids: int) -> TaskBatch:
@@ -101,7 +77,7 @@ CASES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("changes", CASES, ids=lambda c: " ".join(f"{k}={v}" for k, v in c.items()))
 def test_losses_and_meta_gradients_equal_plain_autograd(changes):
-    m, batch = mamo(**changes), oracle.batch(*RAGGED)
+    m, batch = mamo_oracle.mamo(**changes), oracle.batch(*RAGGED)
     ours, theirs = m.loss(batch), torch.stack([user.loss for user in mamo_oracle.visit(m, batch)])
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     a, b = oracle.gradients(ours, m), oracle.gradients(theirs, m)
@@ -110,7 +86,7 @@ def test_losses_and_meta_gradients_equal_plain_autograd(changes):
 
 def test_the_meta_gradient_agrees_with_finite_differences():
     """Attention is a constant of the profile; differences see it as one where it is the same for all profiles."""
-    m, batch = mamo(temperature=0.0), oracle.batch(*RAGGED)
+    m, batch = mamo_oracle.mamo(temperature=0.0), oracle.batch(*RAGGED)
     gradient = oracle.gradients(m.loss(batch), m)
     generator = torch.Generator().manual_seed(3)
     for name, p in m.named_parameters():
@@ -138,7 +114,7 @@ WRITES: list[dict[str, Any]] = [
 def test_what_is_written_equals_the_equations(changes):
     """Two batches of other tasks in turn, with a meta-update between: the second reads what the first wrote, and what
     is written is of the weights and step sizes that the step began with."""
-    m = mamo(**changes)
+    m = mamo_oracle.mamo(**changes)
     for batch in (batch_of(9, 2, 7, 4, 1, 3), batch_of(30, 11, 2, 9, 5, 1)):
         before, losses = mamo_oracle.memory(m), m.loss(batch)
         expected = mamo_oracle.written(m, before, mamo_oracle.visit(m, batch))
@@ -154,7 +130,7 @@ def test_what_is_written_equals_the_equations(changes):
 
 
 def test_a_task_without_support_writes_its_profile_no_gradient_and_the_matrix_it_read():
-    m = mamo(write="sequential", slots=1, alpha=0.5, beta=0.25, gamma=0.125)
+    m = mamo_oracle.mamo(write="sequential", slots=1, alpha=0.5, beta=0.25, gamma=0.125)
     batch = oracle.batch([[0]], [[3]])
     before = mamo_oracle.memory(m)
     m.loss(batch).sum().backward()
@@ -167,7 +143,7 @@ def test_a_task_without_support_writes_its_profile_no_gradient_and_the_matrix_it
 @pytest.mark.parametrize("write", ["mean", "sequential"])
 def test_writes_do_not_depend_on_how_a_batch_is_spread(write):
     """What 1, 2, 3, 5 workers write, one of them without tasks and in any order, makes the same memory (1e-12)."""
-    m = mamo(write=write)
+    m = mamo_oracle.mamo(write=write)
     whole, state = batch_of(9, 2, 7, 4, 1, 3), m.shared["memory"].snapshot()
     tasks = [(block, torch.tensor([b])) for block in whole for b in range(len(block.task))]
 
@@ -201,7 +177,7 @@ def test_writes_do_not_depend_on_how_a_batch_is_spread(write):
 
 
 def test_a_worker_without_tasks_writes_nothing():
-    m = mamo()
+    m = mamo_oracle.mamo()
     m.loss(oracle.batch(*RAGGED)).sum().backward()
     m.write()
     before = read(m)
@@ -214,15 +190,15 @@ def test_a_worker_without_tasks_writes_nothing():
 
 def test_memories_are_only_read_where_nothing_is_learned():
     """Algorithm 2: adapting and predicting, however often, and facts; training steps around them write as without."""
-    m, plain = mamo(), mamo()
+    m, plain = mamo_oracle.mamo(), mamo_oracle.mamo()
     test = oracle.batch(*RAGGED, seed=8)
 
     def use() -> None:
+        answers = []
         for _ in range(3):
-            scores = m.predict(state := m.adapt(test), test)
+            answers.append(m.predict(state := m.adapt(test), test))
             m.facts(state, test)
-        again = m.predict(m.adapt(test), test)
-        assert all(torch.equal(a, b) for a, b in zip(scores, again, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(answers[0], answers[2], strict=True))
         with torch.no_grad():
             m.loss(test)
 
@@ -243,7 +219,7 @@ def test_memories_are_only_read_where_nothing_is_learned():
 
 def test_what_is_predicted_looks_at_no_query_label_and_equals_the_loss_pass():
     """Batch by batch, and in one: the answers for a task are its own."""
-    m, batch = mamo(), oracle.batch(*RAGGED)
+    m, batch = mamo_oracle.mamo(), oracle.batch(*RAGGED)
     hidden = TaskBatch(
         batch.items,
         tuple(replace(b, query=replace(b.query, label=torch.full_like(b.query.label, float("nan")))) for b in batch),
@@ -257,7 +233,7 @@ def test_what_is_predicted_looks_at_no_query_label_and_equals_the_loss_pass():
 
 
 def test_classes_predict_the_expected_rating():
-    m, batch = mamo(classes=True), oracle.batch(*RAGGED)
+    m, batch = mamo_oracle.mamo(classes=True), oracle.batch(*RAGGED)
     users, scores = mamo_oracle.visit(m, batch), m.predict(m.adapt(batch), batch)
     shown = scores[0][0, : int(batch.blocks[0].query.mask[0].sum())]
     expected = users[0].outputs.softmax(1) @ torch.arange(1, 6).double()
@@ -266,7 +242,7 @@ def test_classes_predict_the_expected_rating():
 
 
 def test_facts_are_each_tasks_attention():
-    m, batch = mamo(), oracle.batch(*RAGGED)
+    m, batch = mamo_oracle.mamo(), oracle.batch(*RAGGED)
     users, facts = mamo_oracle.visit(m, batch), m.facts(m.adapt(batch), batch)
     a = torch.stack([u.attention for u in users])
     for k in range(3):
@@ -279,124 +255,12 @@ def test_facts_are_each_tasks_attention():
     report = m.shared["memory"].report()
     assert report["entropy"] == pytest.approx(float(entropy.mean()))
     assert report["usage"] == pytest.approx(a.mean(0).tolist())
-    assert "entropy" not in mamo(slots=1).facts([], batch)
-
-
-GROUPS = Dataset("groups", Label("rating", 1, 5), (Field("group", "categorical", 4),), oracle.ITEM_FIELDS, 50, 12, 500)
-
-
-def groups(**changes: Any) -> tuple[MAMO, TaskBatch]:
-    """A world of three kinds of users whose profiles have nothing in common; ten of each, K = 3."""
-    torch.manual_seed(0)
-    o = options.MAMO(**{**SMALL, **changes})
-    m = MAMO(o, GROUPS, oracle.items()).double()
-    m.shared = Shared.of(m.memories())
-    with torch.no_grad():
-        m.embedding.users()["group"].weight[1:] = torch.eye(3)
-    batch = oracle.batch([[4] * 30], [[2] * 30])
-    block = batch.blocks[0]
-    user = {"group": Bag(torch.arange(30)[:, None] % 3 + 1, None)}
-    return m, TaskBatch(batch.items, (replace(block, user=user),))
-
-
-def written_often(m: MAMO, batch: TaskBatch, times: int) -> dict[str, Any]:
-    """What is reported after so many steps that wrote and learned nothing else; of the last of them."""
-    for n in range(times):
-        m.loss(batch)
-        m.write()
-        if n + 2 == times:
-            read(m)
-            m.shared["memory"].report()
-    read(m)
-    return m.shared["memory"].report()
-
-
-def test_slots_collapse_as_printed_and_tell_groups_apart_with_a_temperature():
-    """As printed, a softmax of cosines gives a slot at most e² times another's share of a profile, so each write pulls
-    all slots towards the mean profile, whence shares come closer still: they end as one. A temperature breaks that."""
-    printed = written_often(*groups(temperature=1.0, erase="all"), 150)
-    assert printed["alike"] == pytest.approx(1, abs=1e-3)
-    assert printed["entropy"] == pytest.approx(1, abs=1e-3)
-    m, batch = groups(temperature=10.0, erase="attended")
-    ours = written_often(m, batch, 150)
-    assert ours["entropy"] < 0.1
-    assert ours["alike"] < 0.1
-    assert ours["usage"] == pytest.approx([1 / 3] * 3, abs=0.05)
-    a = torch.stack([m.facts([], batch)[f"slot_{k}"][0] for k in range(3)], 1)
-    assert sorted(a[:3].argmax(1).tolist()) == [0, 1, 2]  # a group a slot
-
-
-def test_preferences_fade_where_a_write_erases_more_than_it_brings():
-    """Without inner steps a user writes back the matrix M_uI = Σ_k a_uk M_k that was read. Summed over the slots,
-    `all` erases γ Σ_k M_k and brings γ M_uI, which is a K-th of that where attention is even: what users prefer fades
-    by 1 − γ (1 − 1/K) a step though nobody wrote anything else. `attended` erases γ Σ_k a_uk M_k = γ M_uI: as much as
-    it brings, so the sum stays whatever the attention."""
-    for temperature, times in ((0.0, 20), (10.0, 20)):
-        for erase in ("all", "attended"):
-            m, batch = groups(temperature=temperature, erase=erase, steps=0, gamma=0.1)
-            fill(m)
-            before = mamo_oracle.memory(m)["preference"]
-            written_often(m, batch, times)
-            after = mamo_oracle.memory(m)["preference"]
-            if erase == "attended":
-                torch.testing.assert_close(after.sum(0), before.sum(0), rtol=1e-12, atol=1e-12)
-            elif temperature == 0:
-                left = (1 - 0.1 * (1 - 1 / 3)) ** times
-                torch.testing.assert_close(after.sum(0), left * before.sum(0), rtol=1e-12, atol=1e-12)
-            else:
-                assert after.norm() < 0.5 * before.norm()
-    m, batch = groups(slots=1, erase="all", steps=0)
-    fill(m)
-    before = mamo_oracle.memory(m)["preference"]
-    written_often(m, batch, 20)  # with one slot, all is what it brings
-    torch.testing.assert_close(mamo_oracle.memory(m)["preference"], before, rtol=1e-12, atol=1e-12)
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the size of the largest tensor that was made, in elements."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(t, Tensor):
-                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
-        return out
-
-
-@pytest.mark.parametrize(("form", "recommender"), [("auto", "nmf"), ("dual", "memory"), ("private", "nmf")])
-def test_no_task_has_a_matrix_where_the_mix_is_kept_apart(form, recommender):
-    """A step with all its writes and its reverse pass makes no tensor of one weight a task: for the user network,
-    which sees one row a task, by the engine's own choice; for M_uI where the form says so."""
-    m: Any = oracle.build(MAMO, options.MAMO(embedding=32, width=150, steps=1, form=form, recommender=recommender))
-    m.shared = Shared.of(m.memories())
-    tasks = 40
-    batch = oracle.batch([[8] * tasks], [[3] * tasks])
-    smallest = 96 * 150  # weights of the user network's first layer
-    with Largest() as made:
-        m.loss(batch).sum().backward()
-        m.write()
-        read(m)
-    assert (made.elements >= tasks * smallest) == (form == "private")
-
-
-def test_the_form_of_a_layer_of_mixes_follows_cost():
-    """One row a task: the mix, for every K that is sensible. Many rows and slots: a matrix a task is cheaper."""
-    user, preference = Linear(96, 100), Blank(200, 100)
-    profile = Features(PerTask(torch.zeros(2, 1, 96)), fixed=True)
-    pairs = Features(PerTask(torch.zeros(2, 1, 100)), Dense(torch.zeros(2, 20, 100)))
-    for slots, steps in itertools.product((1, 3, 8), (1, 5)):
-        assert not Plan(steps, 5).private(user, profile, 1, slots)
-    assert Plan(5, 20).private(preference, pairs, 20, 8)
-    assert not Plan(1, 5).private(preference, pairs, 5, 1)
+    assert "entropy" not in mamo_oracle.mamo(slots=1).facts([], batch)
 
 
 def test_bad_input_is_one_sentence():
     def made(dataset: Dataset, **changes: Any) -> MAMO:
-        return MAMO(options.MAMO(**{**SMALL, **changes}), dataset, oracle.items())
+        return MAMO(options.MAMO(**{**mamo_oracle.SMALL, **changes}), dataset, oracle.items())
 
     plain = replace(oracle.dataset(), user_fields=())
     with pytest.raises(
@@ -429,14 +293,14 @@ def test_bad_input_is_one_sentence():
 )
 def test_what_the_memory_cannot_be_is_said(train, changes, said):
     with pytest.raises(UserError, match=said):
-        share(mamo(**changes), config_module.TrainOptions(**train), Exchange())
+        share(mamo_oracle.mamo(**changes), config_module.TrainOptions(**train), Exchange())
 
 
 def test_an_empty_world_and_clicks_train():
     """Clicks: the sigmoid's cross-entropy, with the memories as they are."""
     torch.manual_seed(0)
     clicks = replace(oracle.dataset(), label=Label("click", 0, 1))
-    m = MAMO(options.MAMO(**SMALL), clicks, oracle.items()).double()
+    m = MAMO(options.MAMO(**mamo_oracle.SMALL), clicks, oracle.items()).double()
     m.shared = Shared.of(m.memories())
     batch = oracle.batch(*RAGGED)
     blocks = tuple(

@@ -69,6 +69,9 @@ class DataOptions:
     mamo_ratings: int = option(20, "mamo: keep a user's first N ratings by time.", least=2)
     mamo_query: int = option(5, "mamo: the last N of them are the query.", least=1)
     mamo_support: int = option(15, "mamo: the first N of the others are the support.", least=1)
+    mamo_drawn: bool = option(
+        False, "mamo: draw training users' query anew each epoch from all their kept ratings, instead of the last."
+    )
     train_share: float = option(0.8, "mamo: share of the users to train on; the others are new.", above=0, most=1)
     cold_after: str = option("2000-12-03", "mamo: users whose first rating is of this day (UTC) or later are cold.")
     cold_item_ratings: int = option(

@@ -14,7 +14,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from distmeta import draws
-from distmeta.data.protocols.base import NEW, TRAIN, VALID, Plan, Protocol, Source, frame, lowest, runs
+from distmeta.data.protocols.base import DRAWN, NEW, TRAIN, VALID, Plan, Protocol, Source, frame, lowest, runs
 from distmeta.errors import UserError
 
 COLD_RATINGS = {True: 10, False: 6}
@@ -87,11 +87,12 @@ def tasks(interactions: pl.DataFrame, plan: Plan) -> tuple[pl.DataFrame, dict[st
     user, item = rows["user"].to_numpy(), rows["item"].to_numpy()
     position, count = runs(user)
     query = position >= count - np.minimum(plan.options["mamo_query"], count - 1)
+    drawn = (plan.group[user] == TRAIN) & plan.options["mamo_drawn"]
     stays = (count > 1) & (query | (position < plan.options["mamo_support"]))
     cold = plan.cohort[user]
     rows = rows.with_columns(
         group=plan.group[user],
-        role=query.astype(np.int8),
+        role=np.where(drawn, DRAWN, query).astype(np.int8),
         cohort=np.where(cold, "cold", "warm"),
         row_cohort=(2 * cold + plan.cold_items[item]).astype(np.int8),
     ).filter(pl.Series(stays))
@@ -109,6 +110,7 @@ MAMO = Protocol(
         "mamo_ratings": 20,
         "mamo_query": 5,
         "mamo_support": 15,
+        "mamo_drawn": False,
         "train_share": 0.8,
         "cold_after": "2000-12-03",
         "cold_item_ratings": 0,

@@ -94,6 +94,7 @@ def _at_once(missing: Sequence[Run], jobs: int, clock: _Clock, log: Callable[[st
             time.sleep(_POLL)
             for process in [p for p in running if p.poll() is not None]:
                 run = running.pop(process)
+                _close(process)
                 clock.ended += 1
                 if process.returncode == DIVERGED:
                     failed[str(run.where)] = said = _last_words(run)
@@ -132,6 +133,13 @@ def _ended(running: dict[subprocess.Popen[bytes], Run]) -> Iterator[None]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            _close(process)
+
+
+def _close(process: subprocess.Popen[bytes]) -> None:
+    """Let go of a process that has ended."""
+    if process.stdin:
+        process.stdin.close()
 
 
 def _error(run: Run, status: int) -> UserError | RunError:

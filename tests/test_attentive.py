@@ -232,17 +232,19 @@ def repeated(m: MAMO, batch: TaskBatch, times: int) -> dict[str, Any]:
     return m.shared["memory"].report()
 
 
-def test_slots_collapse_as_printed_and_tell_groups_apart_with_a_temperature():
+@pytest.mark.parametrize("erase", ["all", "attended"])
+def test_slots_collapse_as_printed_and_tell_groups_apart_with_a_temperature(erase):
     """As printed, a softmax of cosines gives a slot at most e² times another's share of a profile, so each write pulls
-    all slots towards the mean profile, whence shares come closer still: they end as one. A temperature breaks that."""
-    printed = repeated(*groups(temperature=1.0, erase="all"), 150)
+    all slots towards the mean profile, whence shares come closer still: they end as one. A temperature breaks that;
+    what is erased does not matter to it, for that is a matter of the slots' lengths."""
+    printed = repeated(*groups(temperature=1.0, erase=erase), 100)
     assert printed["alike"] == pytest.approx(1, abs=1e-3)
     assert printed["entropy"] == pytest.approx(1, abs=1e-3)
-    m, batch = groups(temperature=10.0, erase="attended")
-    ours = repeated(m, batch, 150)
-    assert ours["entropy"] < 0.1
-    assert ours["alike"] < 0.1
-    assert ours["usage"] == pytest.approx([1 / 3] * 3, abs=0.05)
+    m, batch = groups(temperature=10.0, erase=erase)
+    ours = repeated(m, batch, 100)
+    assert ours["entropy"] < 0.01
+    assert ours["alike"] < 0.01
+    assert ours["usage"] == pytest.approx([1 / 3] * 3, abs=0.01)
     a = torch.stack([m.facts([], batch)[f"slot_{k}"][0] for k in range(3)], 1)
     assert sorted(a[:3].argmax(1).tolist()) == [0, 1, 2]  # a group a slot
 

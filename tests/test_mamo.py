@@ -176,16 +176,20 @@ def test_writes_do_not_depend_on_how_a_batch_is_spread(write):
         assert found["usage"] == pytest.approx(reports[0]["usage"], rel=1e-12)
 
 
-def test_a_worker_without_tasks_writes_nothing():
-    m = mamo_oracle.mamo()
+@pytest.mark.parametrize("write", ["mean", "sequential"])
+def test_a_worker_without_tasks_writes_nothing(write):
+    """Never yet, nor between steps, nor where it was not even asked for losses."""
+    m = mamo_oracle.mamo(write=write)
+    before = read(m)
+    m.write()
+    equal(read(m), before)
     m.loss(oracle.batch(*RAGGED)).sum().backward()
     m.write()
     before = read(m)
-    m.loss(NOBODY)
-    m.write()
-    equal(read(m), before)
-    m.write()  # and where it was not even asked for losses
-    equal(read(m), before)
+    for _ in range(2):
+        m.write()
+        equal(read(m), before)
+        m.loss(NOBODY)
 
 
 def test_memories_are_only_read_where_nothing_is_learned():
@@ -272,6 +276,11 @@ def test_bad_input_is_one_sentence():
         made(clicks, classes=True)
     with pytest.raises(UserError, match=r"^--query-loss absolute: the labels are clicks"):
         made(clicks, query_loss="absolute")
+    with pytest.raises(UserError, match=r"^--query-loss absolute: with --classes the loss is the cross-entropy; leave"):
+        made(oracle.dataset(), classes=True, query_loss="absolute")
+    halves = replace(oracle.dataset(), label=Label("rating", 0.5, 5))
+    with pytest.raises(UserError, match=r"^--classes: the ratings are 0\.5 to 5; a class is a whole one; leave it"):
+        made(halves, classes=True)
     for flags, said in (
         ({"slots": "0"}, "slots"),
         ({"erase": "none"}, "attended"),
@@ -296,8 +305,25 @@ def test_what_the_memory_cannot_be_is_said(train, changes, said):
         share(mamo_oracle.mamo(**changes), config_module.TrainOptions(**train), Exchange())
 
 
-def test_an_empty_world_and_clicks_train():
-    """Clicks: the sigmoid's cross-entropy, with the memories as they are."""
+@pytest.mark.parametrize("write", ["mean", "sequential"])
+def test_single_precision_stays_and_is_as_good_as_it_can_be(write):
+    """The memory of a run keeps its precision, step after step: a checkpoint's arrays are what they were."""
+    exact, single = mamo_oracle.mamo(write=write), mamo_oracle.mamo(write=write).float()
+    state = single.shared["memory"].snapshot()
+    single.shared["memory"].restore({n: v if n == "seen" else v.astype(np.float32) for n, v in state.items()})
+    for n in range(3):
+        batch = oracle.batch(*RAGGED, seed=n)
+        for m, b in ((exact, batch), (single, batch.to("cpu", torch.float32))):
+            m.loss(b).sum().backward()
+            m.write()
+    found = read(single)
+    assert {v.dtype for v in found.values()} == {np.dtype(np.float32)}
+    for name, value in read(exact).items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_clicks_train():
+    """The sigmoid's cross-entropy, inside and out; the memories as they are."""
     torch.manual_seed(0)
     clicks = replace(oracle.dataset(), label=Label("click", 0, 1))
     m = MAMO(options.MAMO(**mamo_oracle.SMALL), clicks, oracle.items()).double()

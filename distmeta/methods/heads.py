@@ -55,14 +55,20 @@ def head(dataset: Dataset, query_loss: str) -> Head:
     return Head(error, squared_error_delta, lambda output: output, (label.minimum + label.maximum) / 2)
 
 
-def classes(label: Label) -> Head:
+def classes(label: Label, query_loss: str) -> Head:
     """One output for each whole rating: cross-entropy of their softmax; predicted is the expected rating.
 
     Raises:
-        UserError: the labels are clicks.
+        UserError: the labels are clicks, or from a rating to a rating that is not whole; --query-loss absolute.
     """
     if label.kind == "click":
         raise UserError("--classes: the labels are clicks, of which there are two; leave it out")
+    if label.minimum % 1 or label.maximum % 1:
+        raise UserError(
+            f"--classes: the ratings are {label.minimum:g} to {label.maximum:g}; a class is a whole one; leave it out"
+        )
+    if query_loss != "squared":
+        raise UserError(f"--query-loss {query_loss}: with --classes the loss is the cross-entropy; leave it")
     values = torch.arange(round(label.minimum), round(label.maximum) + 1)
 
     def index(rows: Rows) -> Tensor:

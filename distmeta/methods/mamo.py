@@ -58,7 +58,7 @@ class MAMO(LayerRates):
                 f"{self.dataset.name}: has no user fields to tell users apart by, which mamo's memory needs"
             )
         if o.classes:
-            self.head = classes(self.dataset.label)
+            self.head = classes(self.dataset.label, o.query_loss)
         self._users, self._items = (_network(d, o.width, o.layers) for d in (fields.user_width, fields.item_width))
         self.users, self.items = nn.ModuleList(self._users), nn.ModuleList(self._items)
         self.preference = Blank(2 * o.width, o.width) if o.recommender == "memory" else None

@@ -20,7 +20,7 @@ from distmeta.memory.base import Arrays, Shared
 from distmeta.methods import options
 from distmeta.methods.mamo import MAMO
 from distmeta.parallel.shared import share
-from distmeta.tasks import TaskBatch
+from distmeta.tasks import Rows, TaskBatch
 
 RAGGED = ([[5, 3, 1, 0], [7, 6]], [[2, 4, 3, 2], [1, 5]])
 NOBODY = TaskBatch(torch.zeros(0, dtype=torch.int64), ())
@@ -138,6 +138,24 @@ def test_a_task_without_support_writes_its_profile_no_gradient_and_the_matrix_it
     p_u = m.embedding.encode(batch).users(batch.blocks[0]).detach()
     expected = {"profile": 0.5 * before["profile"] + 0.5 * p_u, "preference": before["preference"]}
     agree(mamo_oracle.memory(m), expected | {f"gradient{i}": 0.75 * before[f"gradient{i}"] for i in range(2)}, 1e-12)
+
+
+@pytest.mark.parametrize("per_item", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_block_of_empty_supports_is_what_padding_makes_of_it(form, per_item):
+    """Where no task has a row, columns of padding or none at all: the same losses, and the same is written."""
+    padded = oracle.batch([[0, 0]], [[3, 2]])
+    block = padded.blocks[0]
+    s = block.support
+    none = replace(block, support=Rows(s.item[:, :0], s.label[:, :0], s.mask[:, :0]))
+    results = []
+    for batch in (padded, TaskBatch(padded.items, (none,))):
+        m = mamo_oracle.mamo(form=form, per_item=per_item)
+        losses = m.loss(batch)
+        losses.sum().backward()
+        m.write()
+        results.append({"losses": losses.detach(), **mamo_oracle.memory(m)})
+    agree(*results, tolerance=1e-12)
 
 
 @pytest.mark.parametrize("write", ["mean", "sequential"])
@@ -271,6 +289,9 @@ def test_bad_input_is_one_sentence():
         UserError, match=r"^world: has no user fields to tell users apart by, which mamo's memory needs"
     ):
         made(plain)
+    with pytest.raises(UserError, match=r"^world: has no item fields to tell items apart by; add --item-ids$"):
+        made(replace(oracle.dataset(), item_fields=()), item_ids=False)
+    made(replace(oracle.dataset(), item_fields=()), item_ids=True)
     clicks = replace(oracle.dataset(), label=Label("click", 0, 1))
     with pytest.raises(UserError, match=r"^--classes: the labels are clicks, of which there are two; leave it out$"):
         made(clicks, classes=True)

@@ -57,6 +57,8 @@ class MAMO(LayerRates):
             raise UserError(
                 f"{self.dataset.name}: has no user fields to tell users apart by, which mamo's memory needs"
             )
+        if not fields.item_width:
+            raise UserError(f"{self.dataset.name}: has no item fields to tell items apart by; add --item-ids")
         if o.classes:
             self.head = classes(self.dataset.label, o.query_loss)
         self._users, self._items = (_network(d, o.width, o.layers) for d in (fields.user_width, fields.item_width))
@@ -226,7 +228,8 @@ def _rows(visits: list[_Visit], layer: Layer, part: int, width: int, like: Tenso
                 assert isinstance(x, Features)
                 rows = x.parts[part].rows()
                 xs.append(rows.flatten(0, 1))
-                deltas.append((delta if rows.shape[1] > 1 else delta.sum(1, keepdim=True)).flatten(0, 1))
+                same = rows.shape[1] == delta.shape[1]  # else it is per task: one row that feeds all
+                deltas.append((delta if same else delta.sum(1, keepdim=True)).flatten(0, 1))
                 owners.append(torch.arange(first, first + b, device=like.device).repeat_interleave(rows.shape[1]))
         first += b
     return torch.cat(xs), torch.cat(deltas), torch.cat(owners)

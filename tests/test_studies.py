@@ -14,7 +14,8 @@ import pytest
 
 from distmeta import cli
 from distmeta.commands import reproduce_runs, reproduce_studies, train
-from distmeta.commands.reproduce_runs import Call, Run, Setting
+from distmeta.commands.reproduce_runs import Call, Run
+from distmeta.commands.settings import Setting
 from distmeta.data.schema import Dataset
 from distmeta.errors import Diverged, RunError
 from distmeta.evaluation import papertables, study, study_page
@@ -246,7 +247,7 @@ def test_studies_and_table_of_mamo_share_their_runs(tmp_path: Path) -> None:
     (zero,) = tau.curves["MAMO"][0]
     assert zero.where.name == "movielens-1m-mamo-mamo-tau-0-0"
     assert zero.label == "MAMO, tau 0"
-    moved = Call(1, call.out, ["mamo"], [Setting.of("tau=0.3")], [])
+    moved = Call(1, call.out, ["mamo"], [Setting.of("tau=0.3", "reproduce", ())], [])
     (only,) = reproduce_studies.plan(STUDIES["mamo-fig2"], ["tau"], place, moved)
     assert (only.default, only.values) == (0.3, (0, 0.05, 0.1, 0.2, 0.3, 0.5))
 

@@ -7,11 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from distmeta.cli import Parser
-from distmeta.config import Config, DataOptions, load
+from distmeta.commands import train
+from distmeta.commands.settings import Setting
+from distmeta.config import Config, DataOptions
 from distmeta.errors import UserError
 from distmeta.fields import add_flags, build
 from distmeta.methods import METHODS, entry
 from distmeta.storage import Location
+
+_TAKEN = ("data", "steps", "patience", "epochs", "batch-size", "threads", "run", "resume", "workers")
+"""Flags of `train` that the benchmark itself sets."""
 
 
 def main(argv: Sequence[str]) -> list[dict[str, Any]]:
@@ -35,6 +40,9 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
     group.add_argument("--rounds", type=int, default=1, metavar="N", help="turns of each method [1]")
     group.add_argument("--batch-size", type=int, default=64, metavar="N", help="tasks a meta-update [64]")
     group.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads [1]")
+    group.add_argument(
+        "--set", nargs="+", default=[], metavar="[METHOD:]FLAG[=VALUE]", help="flags of train: metacs:hidden=200,100"
+    )
     args = vars(parser.parse(argv))
     if args["epochs"] < 2 or min(args[k] for k in ("threads", "batch_size", "rounds")) < 1:
         raise UserError(
@@ -48,18 +56,25 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
         if not hasattr(entry(method).options, "steps"):
             learned = " ".join(m for m, e in METHODS.items() if hasattr(e.options, "steps"))
             raise UserError(f"benchmark methods: {method} has no inner steps; methods that have: {learned}")
+    settings = [Setting.of(text, "benchmark methods", _TAKEN) for text in args["set"]]
+    for s in settings:
+        if not any(s.meant_for("", m) for m in args["methods"]):
+            raise UserError(f"benchmark methods: --set {s.text}: none of {' '.join(args['methods'])} has that flag")
+    chosen = {m: [w for s in settings if s.meant_for("", m) for w in s.argv()] for m in args["methods"]}
     rows = []
     for steps in args["steps"]:
         flags = {"steps": steps, "patience": 0, **{k: args[k] for k in ("epochs", "batch_size", "threads")}}
-        configs = [dataclasses.replace(load(None, m, flags | _own(m)), data=data) for m in args["methods"]]
+        shared = [word for k, v in flags.items() for word in (f"--{k.replace('_', '-')}", str(v))]
+        parsed = [train.parse([m, "--data", data.data, *shared, *_own(m), *chosen[m]]) for m in args["methods"]]
+        configs = [dataclasses.replace(config, data=data) for config in parsed]
         rounds = [[_measure(config) for config in configs] for _ in range(args["rounds"])]
         rows += [_show(_median(turns, [r[0] for r in rounds])) for turns in zip(*rounds, strict=True)]
     return rows
 
 
-def _own(method: str) -> dict[str, Any]:
+def _own(method: str) -> list[str]:
     """hml: the first epoch, which is not counted, is the common start's, the others the clusters'."""
-    return {"warm_epochs": 1} if hasattr(entry(method).options, "warm_epochs") else {}
+    return ["--warm-epochs", "1"] if hasattr(entry(method).options, "warm_epochs") else []
 
 
 def _median(turns: Sequence[dict[str, Any]], first: Sequence[dict[str, Any]]) -> dict[str, Any]:

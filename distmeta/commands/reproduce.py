@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distmeta.cli import Parser
+from distmeta.commands.settings import Setting, flags_of
 from distmeta.errors import RunError, UserError
 from distmeta.evaluation.papertables import FLOORS, HEADS, PREPARE, TABLES, PaperTable
 from distmeta.evaluation.studies import STUDIES, Study
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from distmeta.evaluation.measured import Measured
     from distmeta.evaluation.study import Curves
 
+_TAKEN = ("data", "protocol", "split-seed", "run", "resume", "workers", "threads", "epochs")
+"""Flags of `train` that the command itself sets."""
 _EPILOG = """\
 tables: {tables}
 studies: {studies}
@@ -54,30 +57,24 @@ def main(argv: Sequence[str]) -> int:
 
     common = [w for f in ("workers", "threads", "epochs") if getattr(args, f) for w in (f"--{f}", getattr(args, f))]
     _check_jobs(args.jobs, args.workers, Location.of(args.out))
-    settings = [runs.Setting.of(text) for text in args.set]
+    settings = [Setting.of(text, "reproduce", _TAKEN) for text in args.set]
     call = runs.Call(args.seeds, Location.of(args.out), methods, settings, common)
     datasets = {name: runs.dataset_at(name, place) for name, place in places.items()}
     tables = [(t, runs.plan(t, places, call)) for t in asked if isinstance(t, PaperTable)]
     planned = [(s, studies.plan(s, args.panels, places[s.dataset], call)) for s in asked if isinstance(s, Study)]
-    needed = [*(r for _, found in tables for r in found), *(r for _, found in planned for p in found for r in p.runs())]
-    every = sorted({str(run.where): run for run in reversed(needed)}.values(), key=lambda run: run.seed)
+    needed = [r for _, found in tables for r in found] + [r for _, found in planned for p in found for r in p.runs()]
+    every = _distinct(needed)
     _check_settings(settings, every)
     for run in every:
         runs.check(run)
     failed = train_missing(every, args.jobs)
     _check_tables(tables, failed)
-    for one in asked:
-        more = {
-            "seeds": args.seeds,
-            "datasets": {name: _described(datasets.get(name), places.get(name)) for name in one.datasets},
-            "settings": " ".join([*args.set, *(f"epochs={n}" for n in [args.epochs] if n)]),
-        }
-        if isinstance(one, PaperTable):
-            _write(one, next(found for t, found in tables if t is one), places, datasets, call.out, more)
-        else:
-            found = next(found for s, found in planned if s is one)
-            points = studies.gather(one, found, places[one.dataset], datasets[one.dataset], failed)
-            _write_study(one, points, call.out, more)
+    given = " ".join([*args.set, *(f"epochs={n}" for n in [args.epochs] if n)])
+    for table, found in tables:
+        _write(table, found, places, datasets, call.out, _said(table, args.seeds, given, datasets, places))
+    for study, found in planned:
+        points = studies.gather(study, found, places[study.dataset], datasets[study.dataset], failed)
+        _write_study(study, points, call.out, _said(study, args.seeds, given, datasets, places))
     if failed:
         raise RunError(f"{len(failed)} runs diverged, which the pages say: {', '.join(failed)}")
     return 0
@@ -219,8 +216,6 @@ def _check_tables(tables: Sequence[tuple[PaperTable, Sequence["Run"]]], failed: 
 
 def _check_settings(settings: Sequence[Any], runs: Sequence["Run"]) -> None:
     """UserError for a --set that reaches no run: a word of it is misspelt."""
-    from distmeta.commands.reproduce_runs import flags_of
-
     pairs = {(run.dataset, run.config.method) for run in runs}
     for s in settings:
         if any(s.meant_for(*pair) for pair in pairs):
@@ -233,6 +228,26 @@ def _check_settings(settings: Sequence[Any], runs: Sequence["Run"]) -> None:
                 )
         flags = sorted({f for _, method in pairs for f in flags_of(method)})
         raise UserError(f"reproduce: --set {s.text}: no method here has --{s.flag}{nearest(s.flag, flags)}")
+
+
+def _distinct(runs: Sequence["Run"]) -> list["Run"]:
+    """Each once, split by split, so that a call that is cut short has finished the first splits."""
+    found: dict[str, Run] = {}
+    for run in runs:
+        found.setdefault(str(run.where), run)
+    return sorted(found.values(), key=lambda run: run.seed)
+
+
+def _said(
+    one: PaperTable | Study,
+    seeds: int,
+    settings: str,
+    datasets: Mapping[str, "Dataset"],
+    places: Mapping[str, Location],
+) -> dict[str, Any]:
+    """What a page says of the call that made it."""
+    described = {name: _described(datasets.get(name), places.get(name)) for name in one.datasets}
+    return {"seeds": seeds, "datasets": described, "settings": settings}
 
 
 def _described(dataset: "Dataset | None", place: Location | None) -> dict[str, Any] | None:

@@ -1,7 +1,6 @@
 """The runs behind a paper's table: which there are, which are missing, and what the finished ones measured."""
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from distmeta import config as config_module
 from distmeta.commands import train
 from distmeta.commands.evaluate import MEASURED
-from distmeta.config import Config, DataOptions, TrainOptions
+from distmeta.commands.settings import Setting
+from distmeta.config import Config
 from distmeta.data import protocols, tasktable
 from distmeta.data.schema import Dataset
 from distmeta.data.tasktable import TaskTable
@@ -22,50 +22,6 @@ from distmeta.storage import Location
 
 if TYPE_CHECKING:
     from distmeta.evaluation.measured import Measured
-
-_TAKEN = ("data", "protocol", "split-seed", "run", "resume", "workers", "threads", "epochs")
-"""Flags that the command itself sets."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One `--set [WHERE:]FLAG[=VALUE]`: a flag of `train` for the methods and data sets named, or for all."""
-
-    where: tuple[str, ...]
-    flag: str
-    values: tuple[str, ...]
-    text: str
-
-    @classmethod
-    def of(cls, text: str) -> "Setting":
-        """Parse it; UserError where it is none, or sets what the command sets itself."""
-        match = re.fullmatch(r"(?:([\w./-]+):)?([a-z][a-z0-9-]*)(?:=(.*))?", text.replace("_", "-"))
-        if not match:
-            raise UserError(
-                f"reproduce: --set {text!r} is not [WHERE:]FLAG[=VALUE]; say item-ids, lr=1e-3 or"
-                " bookcrossing/hml:lr=1e-3"
-            )
-        where, flag, _ = match.groups()
-        if flag in _TAKEN:
-            raise UserError(f"reproduce: --set {flag} is not possible: the command sets --{flag} itself")
-        values = text.split("=", 1)[1].split(",") if "=" in text else ()
-        return cls(tuple(where.split("/")) if where else (), flag, tuple(values), text)
-
-    def argv(self) -> list[str]:
-        return [f"--{self.flag}", *self.values]
-
-    def meant_for(self, dataset: str, method: str) -> bool:
-        """Whether it is for this method on this data set: all that it names, and a flag that the method has."""
-        named = set(self.where)
-        if not named <= {dataset, method}:
-            return False
-        return method in named or self.flag.removeprefix("no-") in flags_of(method)
-
-
-def flags_of(method: str) -> set[str]:
-    """The flags of `train METHOD`, without their dashes."""
-    sections = (DataOptions, TrainOptions, entry(method).options)
-    return {f.name.replace("_", "-") for section in sections for f in dataclasses.fields(section)}
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def _counted(section: Mapping[str, Any]) -> str:
     parts = []
     for dataset, seeds in section["counts"].items():
         by_kind = {key: [s[key] for s in seeds if key in s] for key in words}
-        told = [f"{', '.join(f'{n:,}' for n in ns)} {words[key]}" for key, ns in by_kind.items() if any(ns)]
+        told = [f"{' / '.join(f'{n:,}' for n in ns)} {words[key]}" for key, ns in by_kind.items() if any(ns)]
         if told:
             parts.append(f"{titled(dataset)}: {'; '.join(told)}")
     return f"By split seed, of ours. {' · '.join(parts)}." if parts else ""

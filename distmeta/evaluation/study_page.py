@@ -6,7 +6,7 @@ from typing import Any
 
 from distmeta.evaluation import studycharts
 from distmeta.evaluation.charts import signed
-from distmeta.evaluation.papertables import HEADS, JUDGED
+from distmeta.evaluation.papertables import JUDGED
 from distmeta.evaluation.report import figure
 from distmeta.evaluation.reproduction_page import Cell, bold, grid, interval, spread, table
 from distmeta.evaluation.studies import METRICS
@@ -73,7 +73,7 @@ def _said(found: Study) -> str:
     left = f" Left out of this call: {', '.join(found['left_out'])}." if found["left_out"] else ""
     return (
         f"{n} split seed{'s' * (n > 1)}, protocol {found['protocol']}, on {data['name']}"
-        f" ({HEADS.get(found['dataset'], found['dataset'])}, {data['interactions']:,} interactions).{given}{left}"
+        f" ({data['interactions']:,} interactions).{given}{left}"
     )
 
 

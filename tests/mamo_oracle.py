@@ -166,9 +166,9 @@ def memory(m: MAMO) -> Weights:
     return {**parts, **({"preference": torch.cat(joined, 1)} if joined else {})}
 
 
-def visit(m: MAMO, batch: TaskBatch) -> list[User]:
-    """Every task of the batch, in its order, with the memory as it is now."""
-    known = memory(m)
+def visit(m: MAMO, batch: TaskBatch, known: Weights | None = None) -> list[User]:
+    """Every task of the batch, in its order, with the memory as it is now, or the one given."""
+    known = known or memory(m)
     return [one_user(m, known, batch, block, b) for block in batch for b in range(len(block.task))]
 
 

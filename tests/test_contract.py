@@ -18,7 +18,7 @@ from distmeta.methods.base import Method, fit_closed_form
 from distmeta.storage import Location
 from distmeta.tasks import Rows, TaskBatch, TaskBlock
 
-SMALL = {"embedding": 8, "hidden": (16, 16)}
+SMALL = {"embedding": 8, "hidden": (16, 16), "width": 16}
 
 
 class World:

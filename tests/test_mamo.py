@@ -129,6 +129,29 @@ def test_what_is_written_equals_the_equations(changes):
         assert all((before[name] != v).any() for name, v in expected.items())
 
 
+@pytest.mark.parametrize("staleness", [1, 2])
+def test_what_is_written_from_a_stale_read(staleness):
+    """In a server's memory, steps behind: all that a user has is of the memory that was read, M_uI too, and is written
+    to the newest, which forgets as much as any."""
+    m = mamo_oracle.mamo()
+    state = m.shared["memory"].snapshot()
+    share(m, config_module.TrainOptions(staleness=staleness), Exchange())
+    m.shared["memory"].restore(state)
+    known = [mamo_oracle.memory(m)]
+    for n in range(5):
+        batch, stale = oracle.batch(*RAGGED, seed=n), known[max(0, n - staleness)]
+        users = mamo_oracle.visit(m, batch, stale)
+        losses = m.loss(batch)
+        torch.testing.assert_close(losses, torch.stack([u.loss for u in users]), rtol=1e-9, atol=1e-9)
+        losses.sum().backward()
+        m.write()
+        m.shared["memory"].advance()
+        known.append(mamo_oracle.written(m, known[-1], users))
+    m.shared["memory"].flush()
+    agree(mamo_oracle.memory(m), known[-1])
+    assert (known[-1]["preference"] - known[-2]["preference"]).abs().max() > 1e-3
+
+
 def test_a_task_without_support_writes_its_profile_no_gradient_and_the_matrix_it_read():
     m = mamo_oracle.mamo(write="sequential", slots=1, alpha=0.5, beta=0.25, gamma=0.125)
     batch = oracle.batch([[0]], [[3]])

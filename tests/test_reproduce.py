@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,8 +15,9 @@ import pytest
 
 from distmeta import cli
 from distmeta.commands import reproduce, train
-from distmeta.evaluation import papertables, plane, reproduction, reproduction_page
-from distmeta.evaluation.papertables import PAML_4, TABLES, Column, Ours, PaperTable, Printed, Section, printed
+from distmeta.evaluation import papertables, plane, report, reproduction, reproduction_page
+from distmeta.evaluation.measured import ErrorHistogram, Measured
+from distmeta.evaluation.papertables import TABLES, Column, Ours, PaperTable, Printed, Section, printed
 from distmeta.storage import Location
 
 TINY = PaperTable(
@@ -40,7 +42,7 @@ TINY = PaperTable(
     ),
     ours=(
         Ours("MeLU", "melu"),
-        Ours("MeLU, 1 step", "melu", ("--steps", "1")),
+        Ours("MeLU, 1 step", "melu", ("--steps", "1"), against=("MeLU",)),
         Ours("MeLU, 5 steps", "melu", ("--steps", "5")),
         Ours("Transfer", "transfer"),
     ),
@@ -69,6 +71,7 @@ def done(small: Location, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TABLES, "tiny-1", TINY)
         patch.setitem(papertables.PREPARE, "synthetic", "")
+        patch.setattr(report, "write", lambda *_: None)  # each run's own, which takes longer than its training
         assert cli.main(argv(small, out)) == 0
     return out
 
@@ -117,6 +120,45 @@ def test_numbers_are_those_of_the_runs(done: Path) -> None:
     assert set(found["split_hashes"]) == {"synthetic 0", "synthetic 1"}
 
 
+def rows_of(errors: Mapping[str, Sequence[float]]) -> Measured:
+    """Query rows of label 3 by cohort, one a task, which is numbered through; scores are above it by the errors."""
+    each = [(cohort, e) for cohort, es in errors.items() for e in es]
+    task, e = np.arange(len(each)), np.array([e for _, e in each])
+    names = pl.Enum(["W-W", "W-C"])
+    rows = pl.DataFrame({"task": task, "split": "test", "position": np.zeros(len(task), np.int32)}).with_columns(
+        pl.Series("row_cohort", [c for c, _ in each], names), score=pl.lit(3.0) + pl.Series(e), label=pl.lit(3.0)
+    )
+    sums = {"n": np.ones(len(task), int), "abs_sum": e, "sq_sum": e * e, **{f"ndcg@{k}": e * 0 for k in (1, 3, 5, 10)}}
+    tasks = pl.DataFrame({"task": task, "split": "test", "cohort": "warm", **sums})
+    return Measured(tasks, rows, ErrorHistogram(np.linspace(-4, 4, 3), np.zeros(2, np.int64)))
+
+
+def test_rows_against_another_row_by_hand() -> None:
+    """Two split seeds: W-C has 2 rows and 1. A row left out of the call is compared with nothing."""
+    table = PaperTable(
+        "t", "T", "mamo", (Column("d", "mae", "MAE"), Column("d", "ndcg@3", "NDCG@3")), (Section("", "W-C"),),
+        (Ours("Full", "mamo"), Ours("Less", "mamo", ("--slots", "1"), against=("Full", "Absent")), Ours("Absent", "x")),
+        (),
+    )  # fmt: skip
+    full = [rows_of({"W-W": [0.5] * 6, "W-C": [0.2, 0.4]}), rows_of({"W-W": [0.5] * 6, "W-C": [0.6]})]
+    less = [rows_of({"W-W": [0.1] * 6, "W-C": [0.3, 0.4]}), rows_of({"W-W": [0.1] * 6, "W-C": [1.1]})]
+    floors = dict.fromkeys(papertables.FLOORS, full)
+    (section,) = reproduction.assemble(table, {"d": {"Full": full, "Less": less}}, {"d": floors}, ())["sections"]
+    assert section["counts"] == {
+        "d": [{"n_tasks": 2, "n_rows": 2, "n_clips": 0}, {"n_tasks": 1, "n_rows": 1, "n_clips": 0}]
+    }
+    assert "W-C" not in reproduction_page._counted(section)
+    assert reproduction_page._counted(section).endswith("d: 2 / 1 users; 2 / 1 rows.")
+    pairs = {(p["label"], p["against"]): p["differences"] for p in section["paired"]}
+    assert pairs.keys() == {("Full", "bias"), ("Full", "als"), ("Less", "bias"), ("Less", "als"), ("Less", "Full")}
+    (difference, low, high), ndcg = pairs["Less", "Full"]
+    assert difference == pytest.approx((0.1 + 0 + 0.5) / 3)
+    assert low == pytest.approx(0)  # the task of .4 alone; that of .2 and .6, one user in both splits: .3
+    assert high == pytest.approx(0.3)
+    assert ndcg is None, "too few rows for a clip"
+    assert pairs["Full", "bias"][0] == [0, 0, 0]
+
+
 def test_table_for_a_readme(done: Path) -> None:
     text = (done / "tiny-1.md").read_text()
     line = next(row for row in text.splitlines() if row.startswith("| MeLU |"))
@@ -127,7 +169,9 @@ def test_table_for_a_readme(done: Path) -> None:
     grids = [[row.count("|") for row in part.splitlines()] for part in text.split("\n\n") if part.startswith("| ")]
     assert len(grids) == 2
     assert all(len(set(counts)) == 1 for counts in grids)
-    assert re.search(r"\| MeLU, 1 step − als \| [−+]\d\.\d{4} \[", text)
+    for other in ("als", "MeLU"):
+        assert re.search(rf"\| MeLU, 1 step − {other} \| [−+]\d\.\d{{4}} \[", text)
+    assert re.search(r"^By split seed, of ours\. synthetic: \d+ / \d+ users\.$", text, re.MULTILINE)
 
 
 def test_page_has_its_pictures(done: Path) -> None:
@@ -255,7 +299,7 @@ def test_papers_numbers() -> None:
     assert printed("") is None
     with pytest.raises(ValueError, match="'1,2' is not a number"):
         printed("1,2")
-    gamma = PAML_4.sections[0].rows()
+    gamma = TABLES["paml-4"].sections[0].rows()
     reg = TABLES["paml-3"].sections[0].rows()["REG-PAML"]
     assert [p.mean for p in reg if p] == [1.194, 1.236, 0.312]
     third, second = gamma["REG-PAML (γ = 1e-3)"], gamma["REG-PAML (γ = 1e-2)"]
@@ -264,6 +308,15 @@ def test_papers_numbers() -> None:
     hml = [s.rows() for s in TABLES["hml-2"].sections[:3]]
     lower = [r["HML"][c] for r in hml for c in (2, 5) if r["HML"][c].mean < max(r[m][c].mean for m in r)]  # type: ignore[union-attr]
     assert len(lower) == 3
+    mamo = {s.cohort: s.rows() for s in TABLES["mamo-1"].sections}
+    printed_of = {name: [p.mean for p in row if p] for name, row in mamo["C-W"].items()}
+    assert printed_of["MAMO"] == [0.8967, 0.8799, 1.6217, 0.8565]
+    assert printed_of["MeLU"] == [0.7884, 0.8810, 1.8701, 0.8527]
+    assert [r["s²Meta"][0] for r in mamo.values() if r] == [Printed(p) for p in (0.7567, 0.8860, 0.8443, 0.9130)]
+    assert [r["Feature-level RUM"][3] for r in mamo.values() if r] == [
+        Printed(p) for p in (0.8909, 0.8430, 0.8338, 0.8273)
+    ]
+    assert mamo["all"] == {}
 
 
 def test_best_is_lowest_error_and_highest_ndcg() -> None:

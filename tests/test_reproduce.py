@@ -142,7 +142,7 @@ def test_rows_against_another_row_by_hand() -> None:
     )  # fmt: skip
     full = [rows_of({"W-W": [0.5] * 6, "W-C": [0.2, 0.4]}), rows_of({"W-W": [0.5] * 6, "W-C": [0.6]})]
     less = [rows_of({"W-W": [0.1] * 6, "W-C": [0.3, 0.4]}), rows_of({"W-W": [0.1] * 6, "W-C": [1.1]})]
-    floors = dict.fromkeys(papertables.FLOORS, full)
+    floors: dict[str, Sequence[Measured]] = dict.fromkeys(papertables.FLOORS, full)
     (section,) = reproduction.assemble(table, {"d": {"Full": full, "Less": less}}, {"d": floors}, ())["sections"]
     assert section["counts"] == {
         "d": [{"n_tasks": 2, "n_rows": 2, "n_clips": 0}, {"n_tasks": 1, "n_rows": 1, "n_clips": 0}]

@@ -184,7 +184,7 @@ def test_a_run_that_diverges_is_said_and_left_out(
     dnn = panels_of(out)["support"]["curves"][1]["points"]
     assert [p["paired"]["test"].keys() for p in dnn] == [{DEFAULT, "bias", "als"}, {"MAMO", "bias", "als"}]
     page = (out / "tiny-fig.html").read_text()
-    assert "MAMO: at 5 training diverged: epoch 1: too large." in page
+    assert "; at 5 training diverged (epoch 1: too large)." in page
 
 
 def made(mae: Sequence[float], tasks: Sequence[int], split: str = "test") -> Measured:
@@ -216,8 +216,12 @@ def test_differences_by_hand() -> None:
     assert one["splits"]["test"]["mae"]["mean"] == pytest.approx((0.6 + 0.9) / 2)
     assert DEFAULT not in two["paired"]["test"]
     assert study.best(found, found["curves"][0], "mae", "test") == 1
-    said = study_page._findings({**found, "default": 1}, "test")
-    assert said[0].startswith("lowest MAE at 2")
+    (said,) = study_page._findings(found, "test")
+    assert said == "A: MAE is lowest at 2, the default; NDCG@3 is highest at 2, the default."
+    curves.points["A"][:] = [Point({"test": twos}), Point({"test": ones})]  # type: ignore[index]
+    (found,) = study.assemble(tiny, {"k": curves})["panels"]
+    (said,) = study_page._findings(found, "test")
+    assert said.startswith("A: MAE is lowest at 1, −0.1500 [−0.2000, −0.1000] against the default 2: the interval excl")
     other = {"bias": [made([0.1], [9]), made([0.1], [2])], "als": ones}
     with pytest.raises(RunError, match="bias: was measured on other test tasks"):
         study.assemble(tiny, {"k": Curves([1, 2], 2, dict(curves.points), [other, other])})

@@ -5,7 +5,6 @@ from html import escape
 from typing import Any
 
 from distmeta.evaluation import studycharts
-from distmeta.evaluation.charts import signed
 from distmeta.evaluation.papertables import JUDGED
 from distmeta.evaluation.report import figure
 from distmeta.evaluation.reproduction_page import Cell, bold, grid, interval, spread, table
@@ -18,7 +17,8 @@ SPLITS = {"train": "Training tasks", "test": "Test tasks"}
 _NOTE = (
     "Mean ± standard deviation over split seeds of the means over users. Differences: on the same users, all split"
     " seeds together; in brackets the 95 % percentile interval of 10,000 bootstrap resamples of the users. Bold: the"
-    " best mean of a curve; a difference that is better and whose interval excludes 0."
+    " best mean of a curve; a difference that is better and whose interval excludes 0. The best of several values is"
+    " chosen on the users that it is measured on, which flatters it."
 )
 _CAPTION = (
     "Above MAE (smaller is better), below NDCG@3 (larger is better); bars: ± one standard deviation over split seeds."
@@ -121,29 +121,31 @@ def _cells(point: Mapping[str, Any], split: str, against: Sequence[str], stands_
 
 
 def _findings(panel: Panel, split: str) -> list[str]:
-    """What ours shows, a sentence a curve and metric: where it is best, and whether that is told from the default."""
+    """What ours shows, a sentence a curve: where each metric is best, and whether that is told from the default."""
     said = []
     for curve in panel["curves"]:
-        name = f"{curve['label']}: " * (len(panel["curves"]) > 1)
-        for metric, head in METRICS.items():
-            i = best(panel, curve, metric, split)
-            if i is not None:
-                said.append(f"{name}{_best(panel, curve, i, metric, head, split)}")
+        parts = [_best(panel, curve, metric, split) for metric in METRICS]
         for value, point in zip(panel["values"], curve["points"], strict=True):
-            said += [f"{name}at {shown(value)} training diverged: {point['failed']}."] if point["failed"] else []
+            parts += [f"at {shown(value)} training diverged ({point['failed']})"] if point["failed"] else []
+        said.append(f"{curve['label']}: {'; '.join(part for part in parts if part)}.")
     return said
 
 
-def _best(panel: Panel, curve: Mapping[str, Any], i: int, metric: str, head: str, split: str) -> str:
-    point, value = curve["points"][i], panel["values"][i]
-    words = f"{'lowest' if metric == 'mae' else 'highest'} {head} at {shown(value)}"
-    found = point["paired"][split].get(DEFAULT, {}).get(metric)
+def _best(panel: Panel, curve: Mapping[str, Any], metric: str, split: str) -> str:
+    """Where a curve is best in a metric; "" where nothing was measured."""
+    i = best(panel, curve, metric, split)
+    if i is None:
+        return ""
+    value, default = panel["values"][i], shown(panel["default"])
+    words = f"{METRICS[metric]} is {'lowest' if metric == 'mae' else 'highest'} at {shown(value)}"
     if value == panel["default"]:
-        return f"{words}, the default."
+        return f"{words}, the default"
+    found = curve["points"][i]["paired"][split].get(DEFAULT, {}).get(metric)
     if not found or found[0] is None:
-        return f"{words} (default {shown(panel['default'])}; other users, so no paired difference)."
-    differs = f"{signed(found[0])} from the default, {shown(panel['default'])}"
+        why = "there is no default to pair it with" if panel["same_tasks"] else "other users, so no paired difference"
+        return f"{words} (default {default}; {why})"
+    text, _ = interval(found, metric)
     if found[1] is None or found[2] is None:
-        return f"{words}, {differs}."
-    apart = "excludes 0" if found[1] > 0 or found[2] < 0 else "includes 0: not told apart"
-    return f"{words}, {differs} [{signed(found[1])}, {signed(found[2])}], which {apart}."
+        return f"{words}, {text} against the default {default}"
+    apart = "the interval excludes 0" if found[1] > 0 or found[2] < 0 else "not told apart"
+    return f"{words}, {text} against the default {default}: {apart}"

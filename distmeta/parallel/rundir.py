@@ -5,6 +5,7 @@ RUN/
   metrics.jsonl     one line an epoch
   checkpoints/      see checkpoint.py
   measured.arrow    what each test task came to, as Arrow streams (evaluation/measured.py)
+  measured-*.arrow  the same of another split by the checkpoint of a step, where a parameter study asked for it
   evaluation.json   metrics by cohort, floors and paired differences
   report.html       the same as tables and pictures
   run.json          written last, when the run has finished

@@ -149,9 +149,10 @@ def _error(run: Run, status: int) -> UserError | RunError:
 
 
 def _last_words(run: Run) -> str:
-    """The sentence that a run's process ended with."""
-    lines = _log(run).read_bytes().decode(errors="replace").splitlines()
-    return next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), "failed")
+    """The sentence that a run's process ended with, or the last line where it had none."""
+    lines = [line for line in _log(run).read_bytes().decode(errors="replace").splitlines() if line.strip()]
+    sentences = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return [*lines[-1:], *sentences[-1:]][-1] if lines else "said nothing"
 
 
 def _follow() -> None:

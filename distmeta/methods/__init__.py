@@ -36,7 +36,7 @@ METHODS: dict[str, Entry] = {
     "paml": Entry("paml", "PAML", options.PAML, GRADIENT),
     "reg-paml": Entry("regpaml", "RegPAML", options.RegPAML, GRADIENT),
     "at-paml": Entry("atpaml", "ATPAML", options.ATPAML, GRADIENT),
-    "mamo": Entry("mamo", "MAMO", options.MAMO, GRADIENT),
+    "mamo": Entry("mamo", "MAMO", options.MAMO, GRADIENT | {"lr": 1e-3}),
     "transfer": Entry("transfer", "Transfer", options.Transfer, GRADIENT),
     "constant": Entry("constant", "Constant", options.Constant),
     "itemmean": Entry("itemmean", "ItemMean", options.ItemMean),

@@ -172,6 +172,8 @@ class ATPAML(PAML):
 class MAMO(Gradient):
     """Memories give each user initial weights and a preference matrix of their own."""
 
+    steps: int = option(3, "Inner gradient steps on the support; the paper takes one an item.", least=0)
+    local_lr: float = option(0.03, "Inner step size ρ; where it is learned, what it starts from.", least=0)
     width: int = option(
         100, "Width d_e of the user's and of the item's embedding, which the fields' are mapped to.", least=1
     )

@@ -181,7 +181,7 @@ class MAMO(Gradient):
     hidden: tuple[int, ...] = option((64,), "Widths of the hidden layers after the preference matrix.", least=1)
     slots: int = option(3, "User types K that the memories keep.", least=1)
     temperature: float = option(
-        10.0, "What the cosine between profile and slot is multiplied by before the softmax; the paper's is 1.", least=0
+        20.0, "What the cosine between profile and slot is multiplied by before the softmax; the paper's is 1.", least=0
     )
     alpha: float = option(0.5, "Rate at which profiles are written to the profile memory (Eq. 5).", least=0, most=1)
     beta: float = option(0.05, "Rate at which gradients are written to the user memory (Eq. 6).", least=0, most=1)

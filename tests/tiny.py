@@ -315,7 +315,8 @@ class Later(Servers):
 
 def setting(place: Location, method: str, **flags: Any) -> tuple[Config, Dataset, TaskTable]:
     """What `trainer.train` wants, for the dataset at `place`."""
-    config = config_module.load(None, method, {"data": str(place), "threads": 1, "batch_size": 16, **flags})
+    small = {"data": str(place), "threads": 1, "batch_size": 16, "width": 16}
+    config = config_module.load(None, method, {**small, **flags})
     options = protocols.protocol_options(config.data)
     return config, Dataset.open(place), tasktable.make(place, config.data.protocol, config.data.split_seed, options)
 

@@ -22,6 +22,7 @@ from distmeta import draws
 from distmeta.data import pools
 from distmeta.data import schema as dataset_schema
 from distmeta.data.protocols import SPLITS
+from distmeta.data.taskmaker import ROW_COHORT
 from distmeta.data.tasktable import TaskTable
 from distmeta.errors import RunError, UserError
 
@@ -66,7 +67,8 @@ def _reader(table: TaskTable, part: Part, columns: Sequence[str]) -> Callable[[]
 
 def _columns(table: TaskTable) -> list[str]:
     """What a worker may ask for: all but the user's index and the times, which only protocols look at."""
-    return [name for name in table.columns() if name not in ("user", "time")]
+    rows = [ROW_COHORT] if table.row_cohorts else []
+    return [*(name for name in table.columns() if name not in ("user", "time")), *rows]
 
 
 def read(table: TaskTable, parts: Sequence[Part], columns: Sequence[str]) -> Dataset:

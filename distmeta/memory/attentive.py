@@ -7,9 +7,9 @@ rate r (α, β, γ), and it is not said how the users of a batch go together. He
 - `mean`:        M_k ← (1 − r ē_k) M_k + r · mean_u a_uk x_u, where ē_k is the mean of e_uk;
 - `sequential`:  M_k ← (1 − r e_uk) M_k + r a_uk x_u, user by user in the order of their task ids.
 
-Printed is e_uk = 1 (`--erase all`): a slot forgets also what the user does not replace, so that with K slots M_UI fades,
-by 1 − r (1 − 1/K) a step where attention is even. With e_uk = a_uk (`attended`) it forgets as much as it takes in. The
-composition of affine maps is affine, so either rule is one weighted sum over the tasks.
+Printed is e_uk = 1 (`--erase all`): a slot forgets also what the user does not replace, so that with K slots M_UI
+fades, by 1 − r (1 − 1/K) a step where attention is even. With e_uk = a_uk (`attended`) it forgets as much as it takes
+in. The composition of affine maps is affine, so either rule is one weighted sum over the tasks.
 
 Shape letters: b tasks, n rows, d inputs, h outputs, K slots.
 """

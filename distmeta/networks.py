@@ -161,6 +161,15 @@ class Encoded:
         return self._users[id(block)][1]
 
 
+def wide_path(d: int, outputs: int) -> Linear:
+    """A linear map beside other layers; it starts at a tenth of a layer's usual size, so that those speak first."""
+    layer = Linear(d, outputs)
+    with torch.no_grad():
+        layer.weight.mul_(0.1)
+        layer.bias.zero_()
+    return layer
+
+
 class Decision(nn.Module):
     """Fully connected layers with ReLU between them and one linear output a row, or several.
 
@@ -174,11 +183,7 @@ class Decision(nn.Module):
         super().__init__()
         self.slope = slope
         self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise([d, *hidden, outputs]))
-        self.wide = Linear(d, 1) if wide else None
-        if self.wide is not None:
-            with torch.no_grad():  # a tenth of a layer's usual start: the MLP speaks first
-                self.wide.weight.mul_(0.1)
-                self.wide.bias.zero_()
+        self.wide = wide_path(d, outputs) if wide else None
 
     def __iter__(self) -> Iterator[Linear]:
         """All dense layers, the wide one last."""

@@ -146,7 +146,7 @@ def written(
         task: int64 [b]. attention: [b, K]. read: the parts that the tasks read.
     """
     k = attention.shape[1]
-    entropy = -(attention * attention.clamp(min=1e-30).log()).sum() / max(np.log(k), 1e-30)
+    entropy = torch.special.entr(attention).sum() / (np.log(k) or 1.0)
     arrays = {"count": torch.tensor([float(len(task))]), "attended": attention.sum(0), "entropy": entropy[None]}
     if not sequential:
         for name, f in factors.items():

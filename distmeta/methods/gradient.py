@@ -63,7 +63,6 @@ class GradientMethod(Method):
         encoded: Encoded,
         rates: Mapping[Map, Rate],
         steps: int | None = None,
-        mixes: Mapping[Layer, Mix] | None = None,
         watch: Callable[[Records], None] | None = None,
     ) -> FastWeights:
         """The block's tasks after the inner loop; looks at user fields and support rows only.
@@ -71,7 +70,7 @@ class GradientMethod(Method):
         Args:
             rates: step size of each adapted map.
             steps: inner steps; None: as many as the options say.
-            mixes, watch: as `adaptation.inner.adapt` takes them.
+            watch: as `adaptation.inner.adapt` takes it.
         """
         turns = self.turns(block, encoded, self.options.steps if steps is None else steps)
         return adapt(
@@ -80,9 +79,13 @@ class GradientMethod(Method):
             first_order=self.options.first_order,
             plan=Plan(len(turns), block.query.item.shape[1], self.options.form),
             delta=self.head.delta,
-            mixes=mixes,
+            mixes=self.mixes(block, encoded),
             watch=watch,
         )
+
+    def mixes(self, block: TaskBlock, encoded: Encoded) -> Mapping[Layer, Mix]:
+        """What the block's tasks start from in layers where that is their own: nowhere."""
+        return {}
 
     def turns(self, block: TaskBlock, encoded: Encoded, steps: int) -> list[Turn]:
         """What each inner step looks at: the whole support."""

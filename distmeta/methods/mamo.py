@@ -11,7 +11,7 @@ Nothing is propagated back into the memories, and a_u is a constant of p_u. The 
 (--per-item); here a step takes the whole support by default. Eq. 6 takes the gradient of the support's loss.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ from distmeta.memory.attentive import PROFILE, Attentive, Factors, written
 from distmeta.memory.base import Memory
 from distmeta.methods.gradient import LayerRates
 from distmeta.methods.heads import classes
-from distmeta.networks import Decision, Encoded, ItemPlace, UserPlace
+from distmeta.networks import Decision, Encoded, ItemPlace, UserPlace, wide_path
 from distmeta.tasks import Bag, Rows, TaskBatch, TaskBlock
 
 SLOPE = 0.01
@@ -64,11 +64,7 @@ class MAMO(LayerRates):
         self._users, self._items = (_network(d, o.width, o.layers) for d in (fields.user_width, fields.item_width))
         self.users, self.items = nn.ModuleList(self._users), nn.ModuleList(self._items)
         self.preference = Blank(2 * o.width, o.width) if o.recommender == "memory" else None
-        self.wide = Linear(fields.user_width + fields.item_width, self.head.outputs) if o.wide else None
-        if self.wide is not None:
-            with torch.no_grad():  # as in Decision: the others speak first
-                self.wide.weight.mul_(0.1)
-                self.wide.bias.zero_()
+        self.wide = wide_path(fields.user_width + fields.item_width, self.head.outputs) if o.wide else None
         shape = {"memory": (o.width, o.hidden), "dnn": (2 * o.width, (o.width, *o.hidden)), "nmf": (1, ())}
         return Decision(*shape[o.recommender], outputs=self.head.outputs, slope=SLOPE)
 
@@ -140,9 +136,9 @@ class MAMO(LayerRates):
         cosine = F.normalize(encoded.users(block), dim=1) @ F.normalize(self._recalled[PROFILE], dim=1).t()
         return torch.softmax(self.options.temperature * cosine, 1)
 
-    def _mixes(self, attention: Tensor) -> dict[Layer, Mix]:
-        """What the tasks start from in the user network (Eq. 4, 9) and the preference matrix (Eq. 7)."""
-        mixes: dict[Layer, Mix] = {}
+    def mixes(self, block: TaskBlock, encoded: Encoded) -> dict[Layer, Mix]:
+        """The user network's start (Eq. 4, 9) and the preference matrix (Eq. 7)."""
+        attention, mixes = self.attention(block, encoded), dict[Layer, Mix]()
         if self.options.tau:
             for i, layer in enumerate(self._users):
                 slots = self._recalled[f"{GRADIENT}{i}"]
@@ -151,20 +147,14 @@ class MAMO(LayerRates):
             mixes[self.preference] = Mix(attention, torch.cat([self._recalled[n] for n in PREFERENCE], 1), None)
         return mixes
 
-    def fast_weights(
-        self,
-        block: TaskBlock,
-        encoded: Encoded,
-        rates: Mapping[Map, Rate],
-        steps: int | None = None,
-        mixes: Mapping[Layer, Mix] | None = None,
-        watch: Callable[[Records], None] | None = None,
-    ) -> FastWeights:
-        attention = self.attention(block, encoded)
-        if torch.is_grad_enabled():  # at test time the memories are read, never written (Algorithm 2)
-            self._visits.append(visit := _Visit(block.task, attention, encoded.users(block)))
-            watch = visit.steps.append
-        return super().fast_weights(block, encoded, rates, steps, mixes or self._mixes(attention), watch)
+    def block_loss(self, block: TaskBlock, encoded: Encoded, rates: Mapping[Map, Rate]) -> Tensor:
+        """As GradientMethod's; what the tasks leave for the memories is kept until `write`. At test time, and wherever
+        nothing is learned, they are read and never written (Algorithm 2)."""
+        if not torch.is_grad_enabled():
+            return super().block_loss(block, encoded, rates)
+        self._visits.append(visit := _Visit(block.task, self.attention(block, encoded), encoded.users(block)))
+        fast = self.fast_weights(block, encoded, rates, watch=visit.steps.append)
+        return self.head.error(self.outputs(block, encoded, fast), block.query)
 
     @torch.no_grad()
     def write(self) -> None:

@@ -55,6 +55,46 @@ def head(dataset: Dataset, query_loss: str) -> Head:
     return Head(error, squared_error_delta, lambda output: output, (label.minimum + label.maximum) / 2)
 
 
+def chosen(dataset: Dataset, query_loss: str) -> Head:
+    """The head by the name of its loss; `auto`: squared for ratings, cross-entropy for clicks.
+
+    Raises:
+        UserError: a loss of ratings for clicks, or of clicks for ratings.
+    """
+    kind = dataset.label.kind
+    fit = ("cross-entropy", "hinge") if kind == "click" else ("squared", "absolute")
+    if query_loss not in ("auto", *fit):
+        raise UserError(f"--query-loss {query_loss}: the labels are {kind}s; choose auto, {fit[0]} or {fit[1]}")
+    if query_loss == "hinge":
+        return Head(hinge, hinge_delta, lambda output: torch.sigmoid(output.double()), 0.0)
+    return head(dataset, "absolute" if query_loss == "absolute" else "squared")
+
+
+def hinge(output: Tensor, rows: Rows) -> Tensor:
+    """Eq. 4 of paper 002, margin 1: each positive row against the negative ones: [b] from outputs [b, R].
+
+    The mean over a task's pairs; 0 for a task without any. What is predicted is the output's sigmoid, in double
+    precision: it is a score to rank by, not a probability, and must not lose the order of large ones.
+    """
+    positive, negative = _sides(rows)
+    gaps = torch.relu(1 - output.unsqueeze(2) + output.unsqueeze(1))
+    pairs = positive.unsqueeze(2) & negative.unsqueeze(1)
+    return (gaps * pairs).sum((1, 2)) / pairs.sum((1, 2)).clamp(min=1)
+
+
+def hinge_delta(output: Tensor, rows: Rows) -> Tensor:
+    """∂ hinge / ∂ output: [b, R]; 0 on padding."""
+    positive, negative = _sides(rows)
+    pairs = positive.unsqueeze(2) & negative.unsqueeze(1)
+    broken = (pairs & (output.unsqueeze(2) - output.unsqueeze(1) < 1)).to(output.dtype)
+    return (broken.sum(1) - broken.sum(2)) / pairs.sum((1, 2)).clamp(min=1).unsqueeze(1)
+
+
+def _sides(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Which rows are clicks, and which are none: bool [b, R] each."""
+    return rows.mask & (rows.label > 0.5), rows.mask & (rows.label <= 0.5)
+
+
 def classes(label: Label, query_loss: str) -> Head:
     """One output for each whole rating: cross-entropy of their softmax; predicted is the expected rating.
 

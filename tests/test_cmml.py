@@ -1,0 +1,409 @@
+"""CMML against the paper's equations, task by task and row by row in float64, without padding, batching or hoisting."""
+
+from dataclasses import fields, replace
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+from distmeta import cli
+from distmeta import config as config_module
+from distmeta.data.schema import Label as Range
+from distmeta.errors import UserError
+from distmeta.methods import METHODS, heads, method_class, options
+from distmeta.methods.cmml import CMML, CMMLSoftM, sized
+from distmeta.methods.contexts import Recurrent
+from distmeta.tasks import Rows, TaskBatch, TaskBlock
+
+RAGGED = ([[5, 3, 1, 0], [7, 6]], [[2, 4, 3, 2], [1, 5]])
+SIZES: dict[str, Any] = {
+    "embedding": 3, "hidden": (6, 5), "hyper": 7, "units": 4, "encoder_hidden": (5,), "item_ids": True,
+    "hidden_support": 0.0,
+}  # fmt: skip
+VARIANTS = ("cmml-linear", "cmml-sigmoid", "cmml-film", "cmml-softm")
+
+
+def cmml(name: str, **changes: Any) -> CMML:
+    kind: Any = METHODS[name].options
+    allowed = {f.name for f in fields(kind)}
+    given = {k: v for k, v in {**SIZES, "modules": 3, "module_width": 4, **changes}.items() if k in allowed}
+    return oracle.build(method_class(name), kind(**given))  # type: ignore[arg-type,return-value]
+
+
+def mlp(layers: Any, x: Tensor, last: bool = False) -> Tensor:
+    """Fully connected layers with ReLU between them, and after the last where `last`."""
+    for i, layer in enumerate(layers):
+        x = x @ layer.weight + layer.bias
+        if last or i + 1 < len(layers):
+            x = x.relu()
+    return x
+
+
+def features(m: CMML, batch: TaskBatch, block: TaskBlock, b: int, support: bool) -> tuple[Tensor, Tensor]:
+    """[e_u, e_i] [n, d] and labels [n] of a task's real rows, from explicit one-hot matrices."""
+    inputs, labels = oracle.one_task(m, batch, block, b, support)  # type: ignore[arg-type]
+    tables = [*m.embedding.users().values(), *m.embedding.items().values()]
+    return torch.cat([x @ t.weight for x, t in zip(inputs, tables, strict=True)], 1), labels
+
+
+def gru(cell: Any, rows: list[Tensor]) -> Tensor:
+    h = rows[0].new_zeros(cell.hidden_size)
+    for x in rows:
+        r, z, n = (cell.weight_ih_l0 @ x + cell.bias_ih_l0).chunk(3)
+        hr, hz, hn = (cell.weight_hh_l0 @ h + cell.bias_hh_l0).chunk(3)
+        z = torch.sigmoid(z + hz)
+        h = (1 - z) * torch.tanh(n + torch.sigmoid(r + hr) * hn) + z * h
+    return h
+
+
+def lstm(cell: Any, rows: list[Tensor]) -> Tensor:
+    h = c = rows[0].new_zeros(cell.hidden_size)
+    for x in rows:
+        i, f, g, o = (cell.weight_ih_l0 @ x + cell.bias_ih_l0 + cell.weight_hh_l0 @ h + cell.bias_hh_l0).chunk(4)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        h = torch.sigmoid(o) * torch.tanh(c)
+    return h
+
+
+def context(m: CMML, x: Tensor, labels: Tensor) -> Tensor:
+    """C [d] of one task."""
+    o = m.options
+    rows = []
+    for row, label in zip(x.detach() if o.detach else x, labels, strict=True):
+        y = (label - 3) / 2
+        if o.positives and label <= 3:
+            continue
+        if m.label.layer is not None:
+            rows.append(torch.cat([row, (y * m.label.layer.weight[0] + m.label.layer.bias).relu()]))
+        else:
+            rows.append(torch.cat([row, y[None]]) if o.labels == "value" else row)
+    if not rows:
+        return x.new_zeros(x.shape[1])
+    layers = m.encoder.layers
+    if isinstance(m.encoder, Recurrent):
+        return mlp(layers, {"gru": gru, "lstm": lstm}[o.encoder](m.encoder.cell, rows))
+    each = torch.stack([mlp(layers, row) for row in rows])
+    return each.mean(0) if o.encoder == "mean" else each.max(0).values
+
+
+def generated(hyper: Any, c: Tensor) -> list[Tensor]:
+    """The hypernetwork's values at each depth that has any."""
+    found = []
+    for layer, last in zip(hyper.trunk, hyper.heads, strict=True):
+        c = (c @ layer.weight + layer.bias).relu()
+        if hasattr(last, "weight"):
+            found.append(c @ last.weight + last.bias)
+    return found
+
+
+def act(z: Tensor) -> Tensor:
+    return torch.where(z > 0, z, 0.01 * z)
+
+
+def output(m: CMML, x: Tensor, c: Tensor) -> Tensor:
+    """The output of one row with features x [d] under the hybrid context c."""
+    net: Any = m.backbone
+    values = generated(net.hyper, c)
+    if m.name == "cmml-linear":
+        for layer in net.layers:
+            x = act(x @ layer.weight + layer.bias)
+        return values[0][:-1] @ x + values[0][-1]
+    if m.name == "cmml-softm":
+        return soft(net, x, values)
+    for layer, v in zip(net.layers, values, strict=True):
+        z = x @ layer.weight + layer.bias
+        if m.name == "cmml-sigmoid":
+            x = act(torch.sigmoid(v) * z)
+        else:
+            gamma, beta = v[: len(z)], v[len(z) :]
+            x = act((1 + gamma if m.options.one_plus else gamma) * z + beta)
+    return (x @ net.last.weight + net.last.bias)[0]
+
+
+def soft(net: Any, x: Tensor, logits: list[Tensor]) -> Tensor:
+    """Eq. 12 and 13 module by module: softmax over the sources."""
+    m, w = net.m, net.width
+    first = net.layers[0]
+    obs = [act(x @ first.weight[:, j * w : (j + 1) * w] + first.bias[j * w : (j + 1) * w]) for j in range(m)]
+    for layer, sigma in zip(net.modules_, logits[:-1], strict=True):
+        after = []
+        for i in range(m):
+            e = [sigma[i * m + j].exp() for j in range(m)]
+            mixed = sum((e[j] / sum(e)) * obs[j] for j in range(m))
+            after.append(act(mixed @ layer.weight[i] + layer.bias[i]))
+        obs = after
+    e = [logits[-1][j].exp() for j in range(m)]
+    mixed = sum((e[j] / sum(e)) * obs[j] for j in range(m))
+    return (mixed @ net.last.weight + net.last.bias)[0]
+
+
+def predictions(m: CMML, batch: TaskBatch, block: TaskBlock, b: int) -> Tensor:
+    c = context(m, *features(m, batch, block, b, support=True))
+    outs = []
+    for x in features(m, batch, block, b, support=False)[0]:
+        if m.options.hybrid == "none":
+            hybrid = c
+        elif m.options.hybrid == "dot":
+            hybrid = c * x
+        else:
+            hybrid = mlp([m.hybrid.layer], torch.cat([c, x]), last=True)
+        outs.append(output(m, x, hybrid))
+    return torch.stack(outs)
+
+
+def reference(m: CMML, batch: TaskBatch) -> Tensor:
+    """Losses [B] by Eq. 3 and 5."""
+    losses = []
+    for block in batch:
+        for b in range(len(block.task)):
+            labels = features(m, batch, block, b, support=False)[1]
+            losses.append((predictions(m, batch, block, b) - labels).square().mean())
+    return torch.stack(losses)
+
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((name, {"encoder": e}) for name in VARIANTS for e in ("mean", "max", "gru")),
+    *((name, {"hybrid": h}) for name in VARIANTS for h in ("none", "mlp")),
+    ("cmml-linear", {"encoder": "lstm", "labels": "value"}),
+    ("cmml-linear", {"encoder": "max", "encoder_hidden": (5, 4), "labels": "none", "hidden": (6,)}),
+    ("cmml-film", {"encoder": "gru", "detach": True}),
+    ("cmml-film", {"one_plus": True, "detach": True, "hyper_bias": 0.3}),
+    ("cmml-film", {"positives": True}),
+    ("cmml-sigmoid", {"positives": True, "encoder": "gru", "hybrid": "none"}),
+    ("cmml-softm", {"module_layers": 3, "modules": 2}),
+    ("cmml-softm", {"module_layers": 1, "encoder": "lstm"}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), CASES, ids=str)
+def test_losses_and_gradients_equal_the_equations(name, changes):
+    m, batch = cmml(name, **changes), oracle.batch(*RAGGED)
+    ours, theirs = m.loss(batch), reference(m, batch)
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+    for (key, a), b in zip(oracle.gradients(ours, m).items(), oracle.gradients(theirs, m).values(), strict=True):  # type: ignore[arg-type]
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10, msg=lambda s, key=key: f"{key}: {s}")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_scores_equal_the_equations_and_need_no_gradient(name):
+    m, batch = cmml(name, encoder="gru"), oracle.batch(*RAGGED)
+    with torch.inference_mode():
+        scores = m.predict(m.adapt(batch), batch)
+    for block, score in zip(batch, scores, strict=True):
+        for b in range(len(block.task)):
+            torch.testing.assert_close(score[b, block.query.mask[b]], predictions(m, batch, block, b).detach())
+
+
+def contexts(m: CMML, batch: TaskBatch) -> Tensor:
+    return torch.cat(m.adapt(batch))
+
+
+def reordered(batch: TaskBatch, order: list[int]) -> TaskBatch:
+    (block,) = batch.blocks
+    s = block.support
+    support = Rows(s.item[:, order], s.label[:, order], s.mask[:, order])
+    return replace(batch, blocks=(replace(block, support=support),))
+
+
+@pytest.mark.parametrize(("encoder", "ordered"), [("mean", False), ("max", False), ("gru", True), ("lstm", True)])
+def test_order_is_seen_by_the_sequence_encoders_alone(encoder, ordered):
+    m, batch = cmml("cmml-film", encoder=encoder, encoder_hidden=(32,)), oracle.batch([[5, 5, 5]], [[2, 2, 2]])
+    moved = (contexts(m, batch) - contexts(m, reordered(batch, [1, 0, 2, 3, 4]))).abs().amax(1)
+    assert bool((moved > 1e-6).all() if ordered else (moved < 1e-12).all())
+
+
+@pytest.mark.parametrize("encoder", ["mean", "gru", "lstm"])
+def test_every_support_row_reaches_the_context(encoder):
+    """The authors' GRU of the user setting saw the last one only."""
+    m, batch = cmml("cmml-film", encoder=encoder, encoder_hidden=(32,)), oracle.batch([[5, 5]], [[1, 1]])
+    (block,) = batch.blocks
+    for row in range(5):
+        label = block.support.label.clone()
+        label[:, row] = 6 - label[:, row] + (label[:, row] == 3)
+        other = replace(batch, blocks=(replace(block, support=replace(block.support, label=label)),))
+        assert bool(((contexts(m, batch) - contexts(m, other)).abs().amax(1) > 1e-9).all()), row
+
+
+@pytest.mark.parametrize("encoder", ["mean", "max", "gru", "lstm"])
+def test_padding_is_not_seen(encoder):
+    """Rows beyond the mask may hold anything, and there may be more of them."""
+    m, batch = cmml("cmml-film", encoder=encoder), oracle.batch([[4, 2, 0]], [[1, 1, 1]])
+    (block,) = batch.blocks
+    s = block.support
+    junk = torch.full((3, 3), 7)
+    wide = Rows(
+        torch.cat([torch.where(s.mask, s.item, 9), junk], 1),
+        torch.cat([torch.where(s.mask, s.label, -50.0), junk * 1e6], 1),
+        torch.cat([s.mask, junk < 0], 1),
+    )
+    other = replace(batch, blocks=(replace(block, support=wide),))
+    torch.testing.assert_close(contexts(m, batch), contexts(m, other), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("encoder", ["mean", "max", "gru"])
+def test_users_with_nothing_at_all_are_predicted_from_their_features(name, encoder):
+    """The context is 0, also in a batch without a single support row; other features, other scores."""
+    m = cmml(name, encoder=encoder, hybrid="mlp")
+    batch = oracle.batch([[0, 0, 0]], [[3, 3, 3]])
+    assert batch.blocks[0].support.item.shape[1] in (0, 1)
+    (block,) = batch.blocks
+    none = replace(block.support, **{f: getattr(block.support, f)[:, :0] for f in ("item", "label", "mask")})
+    for b in (batch, replace(batch, blocks=(replace(block, support=none),))):
+        assert bool((contexts(m, b) == 0).all())
+        (scores,) = m.predict(m.adapt(b), b)
+        assert bool(scores.isfinite().all())
+        assert len(scores.unique()) > 3
+        assert bool(m.loss(b).isfinite().all())
+
+
+def test_hidden_supports_are_drawn_by_task_and_epoch():
+    batch = oracle.batch([[4] * 200], [[2] * 200])
+    shown, hidden, some = (cmml("cmml-film", hidden_support=p) for p in (0.0, 1.0, 0.3))
+    seen, blind = shown.loss(batch), hidden.loss(batch)
+
+    def is_blind(epoch: int) -> Tensor:
+        loss = some.loss(replace(batch, epoch=epoch))
+        assert bool(((loss == seen) | (loss == blind)).all())
+        return loss == blind
+
+    assert 35 < int(is_blind(0).sum()) < 85
+    assert bool((is_blind(0) == is_blind(0)).all())
+    assert not bool((is_blind(0) == is_blind(1)).all())
+    torch.testing.assert_close(contexts(hidden, batch), contexts(shown, batch), msg="new users keep their support")
+
+
+def test_routes_are_probabilities_over_the_sources():
+    m, batch = cmml("cmml-softm", module_layers=3), oracle.batch(*RAGGED)
+    assert isinstance(m, CMMLSoftM)
+    for block, routes in zip(batch, m.routes(m.adapt(batch), batch), strict=True):
+        b, q = block.query.item.shape
+        assert [tuple(r.shape) for r in routes] == [(b, q, 3, 3), (b, q, 3, 3), (b, q, 1, 3)]
+        for r in routes:
+            torch.testing.assert_close(r.sum(-1), torch.ones_like(r.sum(-1)))
+            assert float(r[:2].std(-1).min()) > 0, "they differ where there is a support"
+    same = cmml("cmml-softm", hybrid="none")
+    assert isinstance(same, CMMLSoftM)
+    assert [r.shape[1] for r in same.routes(same.adapt(batch), batch)[0]] == [1, 1], "one route a task, made once"
+
+
+def test_one_plus_without_a_generated_change_is_the_backbone_alone():
+    m: Any = cmml("cmml-film", one_plus=True)
+    with torch.no_grad():
+        for layer in m.backbone.hyper.heads:
+            layer.weight.zero_()
+    batch = oracle.batch(*RAGGED)
+    block = batch.blocks[0]
+    x = features(m, batch, block, 1, support=False)[0]
+    plain = act(act(x @ m.backbone.layers[0].weight + m.backbone.layers[0].bias) @ m.backbone.layers[1].weight
+                + m.backbone.layers[1].bias)  # fmt: skip
+    expected = (plain @ m.backbone.last.weight + m.backbone.last.bias).squeeze(1)
+    torch.testing.assert_close(m.predict(m.adapt(batch), batch)[0][1, :4], expected.detach())
+
+
+# ---- losses
+
+CLICKS = replace(oracle.dataset(), label=Range("click", 0.0, 1.0))
+
+
+def test_hinge_by_hand():
+    """Positives 2, .5; negatives 1.2, −1: gaps 1 − 2 + 1.2 = .2, 0; 1 − .5 + 1.2 = 1.7, 0: (.2 + 1.7) / 4."""
+    output = torch.tensor([[2.0, 1.2, 0.5, -1.0, 9.0], [1.0, 3.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    label = torch.tensor([[1.0, 0.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    mask = torch.tensor([[True, True, True, True, False], [True, True, False, False, False]])
+    rows = Rows(torch.zeros(2, 5, dtype=torch.int64), label, mask)
+    torch.testing.assert_close(heads.hinge(output, rows), torch.tensor([1.9 / 4, 0.0], dtype=torch.float64))
+    output.requires_grad_()
+    (gradient,) = torch.autograd.grad(heads.hinge(output, rows).sum(), output)
+    torch.testing.assert_close(gradient, heads.hinge_delta(output.detach(), rows))
+    torch.testing.assert_close(gradient[0], torch.tensor([-0.25, 0.5, -0.25, 0.0, 0.0], dtype=torch.float64))
+
+
+def test_scores_of_the_hinge_keep_the_order_of_large_outputs():
+    score = heads.chosen(CLICKS, "hinge").score(torch.tensor([14.0, 14.001, 20.0, 20.001, -20.0]))
+    assert bool((score[:4].diff() > 0).all())
+    assert 0 < float(score[4]) < float(score[3]) < 1
+
+
+@pytest.mark.parametrize(("loss", "start"), [("auto", 0.0), ("cross-entropy", 0.0), ("hinge", 0.0)])
+def test_clicks_are_learned_by_the_loss_asked_for(loss, start):
+    torch.manual_seed(0)
+    m: Any = method_class("cmml-film")(options.CMMLFilm(**SIZES, query_loss=loss), CLICKS, oracle.items()).double()
+    g = torch.Generator().manual_seed(0)
+
+    def clicked(rows: Rows) -> Rows:
+        return replace(rows, label=torch.randint(2, rows.label.shape, generator=g).double() * rows.mask)
+
+    ragged = oracle.batch([[5, 3, 0]], [[6, 4, 5]])
+    blocks = [replace(b, support=clicked(b.support), query=clicked(b.query)) for b in ragged]
+    batch = replace(ragged, blocks=tuple(blocks))
+    (raw,) = (m.outputs(b, m.embedding.encode(batch), c) for b, c in zip(batch, m.adapt(batch), strict=True))
+    expected = heads.hinge(raw, blocks[0].query) if loss == "hinge" else heads.cross_entropy(raw, blocks[0].query)
+    torch.testing.assert_close(m.loss(batch), expected)
+    assert bool((expected > 0).all())
+    (scores,) = m.predict(m.adapt(batch), batch)
+    torch.testing.assert_close(scores, torch.sigmoid(raw).detach())
+    assert float(raw.detach().mean()) == pytest.approx(start, abs=1)
+
+
+def test_an_untrained_method_predicts_about_the_middle_of_the_ratings():
+    batch = oracle.batch(*RAGGED)
+    for name in VARIANTS:
+        m = cmml(name)
+        assert all(bool(((s - 3).abs() < 1).all()) for s in m.predict(m.adapt(batch), batch)), name
+
+
+@pytest.mark.parametrize(
+    ("loss", "dataset", "words"),
+    [
+        ("hinge", oracle.dataset(), "--query-loss hinge: the labels are ratings; choose auto, squared or absolute"),
+        ("absolute", CLICKS, "--query-loss absolute: the labels are clicks; choose auto, cross-entropy or hinge"),
+    ],
+)
+def test_a_loss_that_the_labels_do_not_have_is_refused(loss, dataset, words):
+    with pytest.raises(UserError, match=words):
+        method_class("cmml-film")(options.CMMLFilm(**SIZES, query_loss=loss), dataset, oracle.items())
+
+
+# ---- options
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"encoder": "gri"}, "--encoder is 'gri' \\(did you mean gru\\?\\); choose one of auto mean max gru lstm"),
+        ({"hidden_support": 1.5}, "--hidden-support must be at most 1"),
+        ({"sizes": "users"}, "--sizes is 'users' \\(did you mean user\\?\\)"),
+    ],
+)
+def test_misuse_of_options_is_one_sentence(flags, words):
+    with pytest.raises(UserError, match=words):
+        config_module.load(None, "cmml-film", flags)
+
+
+def test_sizes_of_the_paper():
+    """§7.2.2, §7.2.1 and §4.1.4; what is given goes before them."""
+    user, scenario, text = (sized(options.CMMLSoftM(sizes=s)) for s in ("user", "scenario", "text"))
+    assert isinstance(user, options.CMMLSoftM)
+    assert isinstance(scenario, options.CMMLSoftM)
+    assert (user.encoder, user.encoder_hidden, user.hidden, user.hyper) == ("mean", (64,), (64, 64), 256)
+    assert (scenario.encoder, scenario.units, scenario.encoder_hidden, scenario.hyper) == ("gru", 256, (256,), 64)
+    assert (text.encoder, text.units, text.encoder_hidden, text.hidden) == ("gru", 128, (128, 128), (64, 64, 64))
+    assert (user.module_layers, scenario.module_layers) == (2, 3)
+    own = sized(options.CMML(sizes="text", encoder="mean", hidden=(8,), hyper=3))
+    assert (own.encoder, own.hidden, own.hyper, own.encoder_hidden) == ("mean", (8,), 3, (128, 128))
+
+
+def test_help_says_the_sizes(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "cmml-softm", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "--sizes user|scenario|text",
+        "mean encoder 64, backbone 64 64",
+        "gru of 128 and 128 128",
+        "--modules",
+    ):
+        assert words in out, words

@@ -112,11 +112,11 @@ class Embedding(nn.Module):
     def encode(self, batch: TaskBatch) -> "Encoded":
         """Embed what the batch touches: each unique item once, each user once."""
         bags = self.item_bags(batch.items)
-        return Encoded(self, Unique(self._lookup(self.items(), bags, len(batch.items))), bags)
+        return Encoded(self, Unique(self._lookup(self.items(), bags, batch.items.shape[0])), bags)
 
     def user_place(self, block: TaskBlock) -> UserPlace:
         bags = {name: block.user[name] for name in self.user_names}
-        return UserPlace(self._lookup(self.users(), bags, len(block.task)), bags)
+        return UserPlace(self._lookup(self.users(), bags, block.task.shape[0]), bags)
 
     def _lookup(self, tables: Mapping[str, Table], bags: Mapping[str, Bag], rows: int) -> Tensor:
         if not tables:

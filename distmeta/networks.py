@@ -170,7 +170,9 @@ class Decision(nn.Module):
             a user a weight for every coordinate of an item's embedding, as matrix factorisation does.
     """
 
-    def __init__(self, d: int, hidden: Sequence[int], wide: bool = False, outputs: int = 1, slope: float = 0.0) -> None:
+    def __init__(
+        self, d: int, hidden: Sequence[int], wide: bool = False, outputs: int = 1, slope: float = 0.0
+    ) -> None:
         super().__init__()
         self.slope = slope
         self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise([d, *hidden, outputs]))

@@ -19,7 +19,7 @@ from distmeta.data.encode import Encoded, bag, ragged
 from distmeta.data.protocols import DRAWN, OFFERED, QUERY, SUPPORT
 from distmeta.data.schema import Dataset
 from distmeta.errors import UserError
-from distmeta.tasks import Rows, TaskBatch, TaskBlock
+from distmeta.tasks import TaskBatch, TaskBlock
 
 LIST_ROWS = 1 << 14
 """Query rows that a block of lists holds at most, one list at least: 16,384 rows of 64 floats are 4 MB."""
@@ -53,13 +53,13 @@ class Scenarios:
         return Candidates((keys % width).astype(np.int32), start, np.searchsorted(keys, key) - start[of])
 
     @cached_property
-    def taken(self) -> tuple[NDArray[np.int32], Taken]:
+    def taken(self) -> tuple[Ints, Taken]:
         """What each user has taken in each scenario, and the user in the scenario that each row is of."""
         of = np.repeat(np.arange(len(self)), np.diff(self.offsets))
         first = np.flatnonzero(np.r_[True, (of[1:] != of[:-1]) | (self.user[1:] != self.user[:-1])])
         count = np.diff(np.r_[first, len(of)]) if len(of) else np.zeros(0, np.int64)
         width = int(np.diff(self.candidates.start).max(initial=0)) + 1
-        group = np.repeat(np.arange(len(count), dtype=np.int32), count)
+        group = np.repeat(np.arange(len(count)), count)
         return group, Taken.of(count, self.candidates.place, width)
 
     @classmethod
@@ -69,12 +69,12 @@ class Scenarios:
         Raises:
             UserError: a user or item is not in the dataset, lists differ in length, or roles are wrong.
         """
-        kinds = {"user": pa.int32(), "item": pa.int32(), "label": pa.float32(), "role": pa.int8()}
-        lists = {name: ragged(table[name], kind) for name, kind in kinds.items()}
-        count = lists["item"][1]
-        user, item, label, role = (values for values, _ in lists.values())
+        item, count = ragged(table["item"], pa.int32())
+        user, users = ragged(table["user"], pa.int32())
+        label, labels = ragged(table["label"], pa.float32())
+        role, roles = ragged(table["role"], pa.int8())
         again = f"delete {where} to have it made again"
-        if any(not np.array_equal(count, n) for _, n in lists.values()):
+        if not all(np.array_equal(count, n) for n in (users, labels, roles)):
             raise UserError(f"{where}: the lists user, item, label and role of a task differ in length; {again}")
         if len(item) and not 0 <= int(item.min()) <= int(item.max()) < dataset.items:
             raise UserError(f"{where}: an item is not among the dataset's {dataset.items:,}; {again}")
@@ -89,16 +89,20 @@ class Scenarios:
         """Copies of the tasks at positions `chosen`, in that order."""
         count = np.diff(self.offsets)[chosen]
         rows = spans(self.offsets[chosen], count)
-        flat = (a[rows] for a in (self.user, self.item, self.label, self.role))
-        return Scenarios(self.task[chosen], np.r_[0, np.cumsum(count)], *flat)
+        offsets = np.r_[0, np.cumsum(count)]
+        return Scenarios(
+            self.task[chosen], offsets, self.user[rows], self.item[rows], self.label[rows], self.role[rows]
+        )
 
     @classmethod
     def join(cls, parts: Sequence["Scenarios"]) -> "Scenarios":
         """The tasks of all parts, one after the other."""
         count = np.concatenate([np.diff(p.offsets) for p in parts])
-        columns = [[getattr(p, name) for p in parts] for name in ("user", "item", "label", "role")]
-        task = np.concatenate([p.task for p in parts])
-        return cls(task, np.r_[0, np.cumsum(count)], *map(np.concatenate, columns))
+        return cls(
+            np.concatenate([p.task for p in parts]),
+            np.r_[0, np.cumsum(count)],
+            *(np.concatenate([getattr(p, name) for p in parts]) for name in ("user", "item", "label", "role")),
+        )
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,7 @@ class ScenarioCollator:
         task, supports, queries = [], [], []
         for t in chosen.tolist():
             rows = slice(self.tasks.offsets[t], self.tasks.offsets[t + 1])
-            role, user, item = (a[rows] for a in (self.tasks.role, self.tasks.user, self.tasks.item))
+            role, user, item = self.tasks.role[rows], self.tasks.user[rows], self.tasks.item[rows]
             offered = self.tasks.candidates
             candidates = offered.item[offered.start[t] : offered.start[t + 1]]
             people, list_of = np.unique(user[role == QUERY], return_inverse=True)

@@ -224,7 +224,7 @@ def _total(cohorts: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
 
 
 def _hashable(rows: pl.DataFrame, position: NDArray[np.int64], scenarios: bool) -> bytes:
-    """What split_hash covers, as little-endian int64 [rows, 5]: task, row, item, split, role; of scenarios also user."""
+    """What split_hash covers, as little-endian int64 [rows, 5]: task, row, item, split, role; of scenarios user too."""
     split = rows["split"].to_physical().to_numpy()
     columns = [rows["task"].to_numpy(), position, rows["item"].to_numpy(), split, rows["role"].to_numpy()]
     columns += [rows["user"].to_numpy()] if scenarios else []

@@ -24,7 +24,8 @@ s²Meta's code the support users are taken whole until the support is full, so t
 rows are drawn as in training. Where there are no more candidates than N, Recall@N is 1 for everybody: the notes count
 these scenarios.
 
-Stored rows: DRAWN (training), SUPPORT and QUERY (the positives of query users), and OFFERED: candidates that no other
+Cohorts are the kinds of scenarios, where there are several: the fields they are made from, or of own scenarios what
+their names begin with (`KIND: name`). Stored rows: DRAWN (training), SUPPORT and QUERY (the positives of query users), and OFFERED: candidates that no other
 row of the task has. Rows but support ones stand by (user, item), on which the loader relies.
 """
 
@@ -58,6 +59,8 @@ from distmeta.data.protocols.base import (
 from distmeta.errors import UserError
 
 OWN, DECADE = "own", "decade"
+KIND = ": "
+"""Ends the kind in a scenario's name: the fields it was made from, or the dataset that a log of several has it from."""
 TRAIN_SHARE = 232 / 306
 CHUNK_ROWS = 1 << 24
 """Positives that are in memory together while tasks are made, one scenario's at least."""
@@ -74,6 +77,8 @@ class Scenarios:
 
     members: pl.DataFrame | None
     """scenario, item: which items each has; None: the interactions say which scenario they are of."""
+    cohort: pl.Series
+    """[scenarios]: their kinds, where there are several."""
     positives: NDArray[np.int64]
     """[scenarios]."""
     positive: pl.Expr
@@ -93,6 +98,8 @@ def plan(source: Source, split_seed: int, options: Mapping[str, Any]) -> Plan:
     positive = pl.col("label") > 0 if source.manifest.label.kind == "click" else None
     positive = pl.col("label") >= options["positive_from"] if positive is None else positive
     members, names = (None, source.scenarios()) if specs == [OWN] else _members(source, specs)
+    kinds = names.str.extract(f"^(.+?){KIND}")
+    cohort = kinds.fill_null("other") if kinds.n_unique() > 1 else pl.repeat("all", len(names), eager=True)
     counts = _counted(source, members, positive)
     n = len(names)
     scenario = counts["scenario"].to_numpy()
@@ -102,15 +109,17 @@ def plan(source: Source, split_seed: int, options: Mapping[str, Any]) -> Plan:
     )
     needed = options["scenario_support"] + options["scenario_query"]
     wrong = np.stack([items < least, items > most, positives < needed])
-    good = ~wrong.any(0)
+    good: NDArray[np.bool_] = np.asarray(~wrong.any(axis=0))
     test = lowest(_keys(split_seed, n, "test"), int(good.sum()) - round(TRAIN_SHARE * int(good.sum())), good)
     valid = lowest(_keys(split_seed, n, "valid"), round(0.1 * int((good & ~test).sum())), good & ~test)
     group = np.select([test, valid, good], [NEW, VALID, TRAIN], _DROPPED + wrong.argmax(0)).astype(np.int8)
-    kinds = _POSITIVE[source.manifest.label.kind].format(options["positive_from"])
-    notes = {"scenarios": f"{', '.join(specs)}: {n:,}, of which {int(good.sum()):,} are used", "positives": kinds}
+    notes = {
+        "scenarios": f"{', '.join(specs)}: {n:,}, of which {int(good.sum()):,} are used",
+        "positives": _POSITIVE[source.manifest.label.kind].format(options["positive_from"]),
+    }
     notes |= _told(counts, items, group, names)
     dropped = {why: int((group == _DROPPED + code).sum()) for code, why in enumerate(REASONS)}
-    return Plan(split_seed, options, group, notes=notes, dropped=dropped, more=Scenarios(members, positives, positive))
+    return Plan(split_seed, options, group, notes=notes, dropped=dropped, more=Scenarios(members, cohort, positives, positive))
 
 
 _POSITIVE = {"click": "clicks", "rating": "ratings of {:g} or more"}
@@ -178,7 +187,7 @@ def _members(source: Source, specs: Sequence[str]) -> tuple[pl.DataFrame, pl.Ser
                 found = found.filter(pl.col("value") < pl.col("value_right"))
             found = found.select("item", value=pl.col("value") + " + " + pl.col("value_right"))
         assert found is not None
-        parts.append(found.select("item", name=pl.lit(f"{spec}: ") + pl.col("value"), spec=pl.lit(len(parts))))
+        parts.append(found.select("item", name=pl.lit(f"{spec}{KIND}") + pl.col("value"), spec=pl.lit(len(parts))))
     every = pl.concat(parts)
     names = every.select("spec", "name").unique().sort("spec", "name").with_row_index("scenario")
     members = every.join(names, on=["spec", "name"]).select(pl.col("scenario").cast(pl.Int64), "item")
@@ -188,7 +197,7 @@ def _members(source: Source, specs: Sequence[str]) -> tuple[pl.DataFrame, pl.Ser
 def _counted(source: Source, members: pl.DataFrame | None, positive: pl.Expr) -> pl.DataFrame:
     """scenario, item, positives: of each scenario's items that have any, by (scenario, item)."""
     keys = ["item"] if members is not None else ["scenario", "item"]
-    counted = pl.DataFrame(schema={**{k: pl.Int32 for k in keys}, "positives": pl.UInt32})
+    counted = pl.DataFrame(schema={**dict.fromkeys(keys, pl.Int32), "positives": pl.UInt32})
     for chunk in source.chunks():
         pairs = chunk.filter(positive).select("user", *keys).unique()
         more = pairs.group_by(keys).agg(pl.len().alias("positives"))
@@ -216,7 +225,7 @@ def _told(counts: pl.DataFrame, items: NDArray[np.int64], group: NDArray[np.int8
 
 
 def chunks(source: Source, plan: Plan) -> Iterator[pl.DataFrame]:
-    """The positives of whole scenarios, by (scenario, user, item): as many together as CHUNK_ROWS allow, a pass each."""
+    """The positives of whole scenarios by (scenario, user, item); as many together as CHUNK_ROWS allow, a pass each."""
     s: Scenarios = plan.more
     used = np.flatnonzero(plan.group < _DROPPED)
     cuts = np.cumsum(s.positives[used]) // CHUNK_ROWS
@@ -245,6 +254,7 @@ def tasks(interactions: pl.DataFrame, plan: Plan) -> tuple[pl.DataFrame, dict[st
     needed = plan.options["scenario_support"] + plan.options["scenario_query"]
     enough = (pl.col("positives") >= needed) & (pl.col("user").n_unique().over("scenario") > 1)
     kept = rows.filter(enough).drop("items", "taken", "positives")
+    kept = kept.with_columns(cohort=plan.more.cohort.gather(kept["scenario"]))
     dropped[REASONS[2]] = rows["scenario"].n_unique() - kept["scenario"].n_unique()
     code = pl.Series(plan.group[kept["scenario"].to_numpy()])
     parts = [_frame(kept.filter(code == TRAIN), "train", pl.lit(DRAWN))]
@@ -254,9 +264,9 @@ def tasks(interactions: pl.DataFrame, plan: Plan) -> tuple[pl.DataFrame, dict[st
 
 
 def _frame(rows: pl.DataFrame, split: str, role: pl.Expr, label: float = 1.0) -> pl.DataFrame:
-    """Rows (scenario, user, item, time) of a split in SCHEMA."""
+    """Rows (scenario, user, item, time, cohort) of a split in SCHEMA."""
     made = rows.with_columns(
-        task=pl.col("scenario") * KINDS, split=pl.lit(split), cohort=pl.lit(split), label=pl.lit(label), role=role,
+        task=pl.col("scenario") * KINDS, split=pl.lit(split), label=pl.lit(label), role=role,
         row_cohort=pl.lit(None),
     )  # fmt: skip
     return made.select(pl.col(name).cast(dtype) for name, dtype in SCHEMA.items())
@@ -283,7 +293,7 @@ def _fixed(rows: pl.DataFrame, split: str, plan: Plan) -> pl.DataFrame:
     support = _with_negatives(rows, chosen, count, split, plan)
     query = _frame(rows.filter(pl.Series(asked)), split, pl.lit(QUERY))
     there = pl.concat([support, query]).select("task", "item").unique()
-    offered = rows.select("scenario", "item").unique().sort("scenario", "item")
+    offered = rows.select("scenario", "item", "cohort").unique().sort("scenario", "item")
     offered = _frame(offered.with_columns(user=_NOBODY, time=0), split, pl.lit(OFFERED), 0.0)
     return pl.concat([support, query, offered.join(there, on=["task", "item"], how="anti", maintain_order="left")])
 

@@ -119,7 +119,9 @@ def plan(source: Source, split_seed: int, options: Mapping[str, Any]) -> Plan:
     }
     notes |= _told(counts, items, group, names)
     dropped = {why: int((group == _DROPPED + code).sum()) for code, why in enumerate(REASONS)}
-    return Plan(split_seed, options, group, notes=notes, dropped=dropped, more=Scenarios(members, cohort, positives, positive))
+    return Plan(
+        split_seed, options, group, notes=notes, dropped=dropped, more=Scenarios(members, cohort, positives, positive)
+    )
 
 
 _POSITIVE = {"click": "clicks", "rating": "ratings of {:g} or more"}

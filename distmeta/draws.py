@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_TURNS = 8
 
 
 def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -33,6 +34,30 @@ def hashed(*counters: ArrayLike, purpose: str) -> NDArray[np.uint64]:
             c = c.astype(np.int64).view(np.uint64) if c.dtype != np.uint64 else c
             h = mix(np.asarray((h ^ c) + _GOLDEN))
         return np.asarray(h)
+
+
+def permuted(position: ArrayLike, size: ArrayLike, *counters: ArrayLike, purpose: str) -> NDArray[np.int64]:
+    """Where a permutation of 0 … size − 1, one for each value of the counters, takes `position`; int64.
+
+    The first k positions are so a draw of k of `size` without replacement, at a cost that knows k only. A Feistel
+    network on the next even number of bits, walked along its cycle until it is below `size` (Black & Rogaway 2002).
+    """
+    key = hashed(*counters, purpose=purpose)
+    at, size, key = (a.copy() for a in np.broadcast_arrays(np.asarray(position, np.uint64), size, key))
+    size = size.astype(np.uint64)
+    half = (np.ceil(np.log2(np.maximum(size, 256).astype(np.float64))).astype(np.uint64) + np.uint64(1)) // np.uint64(2)
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    flat = [a.reshape(-1) for a in (at, size, key, half, mask)]
+    open_rows = np.arange(flat[0].size)
+    while len(open_rows):
+        x, n, k, h, m = (a[open_rows] for a in flat)
+        left, right = x >> h, x & m
+        for turn in range(_TURNS):
+            left, right = right, left ^ (hashed(k, right, turn, purpose="feistel") & m)
+        x = (left << h) | right
+        flat[0][open_rows] = x
+        open_rows = open_rows[x >= n]
+    return flat[0].reshape(at.shape).astype(np.int64)
 
 
 def uniform(*counters: ArrayLike, purpose: str) -> NDArray[np.float64]:

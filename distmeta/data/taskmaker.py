@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from distmeta import draws
 from distmeta.data.protocols import SPLITS, Protocol, Source
-from distmeta.data.schema import Dataset, Field
+from distmeta.data.schema import SCENARIOS, Dataset, Field
 from distmeta.data.tables import AGAIN, PARQUET, read_part, read_side, to_polars
 from distmeta.errors import UserError
 from distmeta.storage import Location, writing
@@ -24,7 +24,7 @@ FORMAT = 1
 LISTS = {"item": pa.int32(), "label": pa.float32(), "time": pa.int64(), "role": pa.int8()}
 """List columns of a task table and their element types."""
 FIXED = ("task", "user", "split", "cohort", *LISTS)
-"""Its columns besides the user's fields."""
+"""Its columns besides the user's fields. Where tasks are scenarios user is one of the lists and there are no fields."""
 GROUP_TASKS, GROUP_ROWS = 4096, 2**17
 """Tasks, and rows of their lists, that a Parquet row group holds at most (one task at least): what a loader that
 streams reads at a time of each shard. 2^17 rows are 2 MB in memory."""
@@ -34,10 +34,11 @@ ROW_COHORT = "row_cohort"
 _ARROW = {"categorical": pa.int32(), "multi_categorical": pa.list_(pa.int32()), "numeric": pa.float32()}
 
 
-def task_schema(dataset: Dataset, row_cohorts: bool = False) -> pa.Schema:
-    """The columns of a task table of this dataset, by a protocol with or without cohorts of rows."""
-    fields = [("task", pa.int64()), ("user", pa.int32()), ("split", pa.string()), ("cohort", pa.string())]
-    fields += [(f.name, _ARROW[f.type]) for f in dataset.user_fields]
+def task_schema(dataset: Dataset, row_cohorts: bool = False, scenarios: bool = False) -> pa.Schema:
+    """The columns of a task table of this dataset, by a protocol with or without cohorts of rows, or of scenarios."""
+    user = pa.list_(pa.int32()) if scenarios else pa.int32()
+    fields = [("task", pa.int64()), ("user", user), ("split", pa.string()), ("cohort", pa.string())]
+    fields += [(f.name, _ARROW[f.type]) for f in dataset.user_fields if not scenarios]
     lists = {**LISTS, ROW_COHORT: pa.int8()} if row_cohorts else LISTS
     return pa.schema(fields + [(name, pa.list_(kind)) for name, kind in lists.items()])
 
@@ -62,7 +63,8 @@ class Maker:
         self.dataset, self.manifest, self.protocol = dataset, manifest, protocol
         self.split_seed, self.options, self.shards, self.where = split_seed, options, shards, where
         self.user_fields = [f.name for f in manifest.user_fields]
-        self.schema = task_schema(manifest, bool(protocol.row_cohorts))
+        self.scenarios = protocol.chunks is not None
+        self.schema = task_schema(manifest, bool(protocol.row_cohorts), self.scenarios)
         clash = sorted(set(self.user_fields) & {*FIXED, ROW_COHORT})
         if clash:
             raise UserError(f"{dataset}: a user field cannot be called {clash[0]}; rename it and prepare again")
@@ -74,11 +76,14 @@ class Maker:
             UserError: the dataset is damaged, the protocol leaves no training task, or the place is read-only.
         """
         users = read_side(self.dataset, self.manifest, "users", ["user", "raw_id", *self.user_fields])
-        plan = self.protocol.plan(self._source(users), self.split_seed, self.options)
-        users = users.select(self.user_fields)
+        source = self._source(users)
+        plan = self.protocol.plan(source, self.split_seed, self.options)
+        users = users.select([] if self.scenarios else self.user_fields)
+        chunks = self.protocol.chunks(source, plan) if self.protocol.chunks else self._interactions()
         dropped, digest, cohorts = Counter[str](), hashlib.sha256(), Cohorts()
+        dropped.update(plan.dropped)
         with _Parts(self.where, self.schema) as parts:
-            for chunk in self._interactions():
+            for chunk in chunks:
                 rows, left_out = self.protocol.tasks(chunk, plan)
                 dropped.update(left_out)
                 self._store(rows.sort("task", maintain_order=True), users, parts, digest, cohorts)
@@ -106,6 +111,8 @@ class Maker:
             "split_hash": digest.hexdigest(),
             "dataset": dict(origin),
             "files": parts.files,
+            **({"scenarios": True} if self.scenarios else {}),
+            **self.protocol.sizes(self.options),
         }
         (self.where / "tasks.json").write_json(manifest)
 
@@ -117,7 +124,25 @@ class Maker:
             self._items(),
             lambda name: self._vocabulary("user", next(f for f in self.manifest.user_fields if f.name == name)),
             self._interactions,
+            self._item_field,
+            self._scenarios,
         )
+
+    def _item_field(self, name: str) -> pl.DataFrame:
+        """item, value of an item field: each known value of each item."""
+        field = next(f for f in self.manifest.item_fields if f.name == name)
+        file = self.dataset / f"vocabularies/item-{name}.parquet"
+        values = to_polars(read_part(file, ["value"], field.size, AGAIN))["value"]
+        items = to_polars(read_side(self.dataset, self.manifest, "items", ["item", name])).rename({name: "value"})
+        items = items.explode("value") if field.type == "multi_categorical" else items
+        if not items["value"].is_between(0, field.size - 1).fill_null(True).all():
+            raise UserError(f"{self.dataset / 'items'}: a {name} is not in {file}; {AGAIN}")
+        known = items.filter(pl.col("value").fill_null(0) > 0)
+        return known.with_columns(values.gather(known["value"]).alias("value"))
+
+    def _scenarios(self) -> pl.Series:
+        file = self.dataset / SCENARIOS
+        return to_polars(read_part(file, ["value"], self.manifest.scenarios, AGAIN))["value"]
 
     def _vocabulary(self, side: str, field: Field) -> pl.Series:
         """What the indices of a categorical field stand for; UserError where one of them is not in the file."""
@@ -142,9 +167,10 @@ class Maker:
     def _interactions(self) -> Iterator[pl.DataFrame]:
         """The parts of interactions/, checked: known users and items, sorted by user, no user cut in two."""
         last = -1
+        own = ["scenario"] if self.manifest.scenarios else []
         for file in self.manifest.files.get("interactions", []):
             where = self.dataset / file["path"]
-            chunk = to_polars(read_part(where, ["user", "item", "label", "time"], file["rows"], AGAIN))
+            chunk = to_polars(read_part(where, ["user", "item", "label", "time", *own], file["rows"], AGAIN))
             if not len(chunk):
                 continue
             user, item = chunk["user"].to_numpy(), chunk["item"].to_numpy()
@@ -152,6 +178,7 @@ class Maker:
                 "unknown user": (user < 0) | (user >= self.manifest.users),
                 "unknown item": (item < 0) | (item >= self.manifest.items),
                 "user out of order": np.r_[user[0] <= last, user[1:] < user[:-1]],
+                **{f"unknown {c}": ~chunk[c].is_between(0, self.manifest.scenarios - 1).to_numpy() for c in own},
             }
             for what, bad in checks.items():
                 if bad.any():
@@ -166,7 +193,7 @@ class Maker:
         task = rows["task"].to_numpy()
         first = np.flatnonzero(np.r_[True, task[1:] != task[:-1]])
         length = np.diff(np.r_[first, len(task)])
-        digest.update(_hashable(rows, np.arange(len(task)) - np.repeat(first, length)))
+        digest.update(_hashable(rows, np.arange(len(task)) - np.repeat(first, length), self.scenarios))
         heads = rows[first].with_columns(rows=pl.Series(length))
         sums = heads.group_by("split", "cohort").agg(pl.len(), pl.sum("rows")).sort("split", "cohort")
         for split, cohort, tasks, n in sums.iter_rows():
@@ -186,7 +213,8 @@ class Maker:
         columns |= {name: heads[name].to_arrow() for name in ("task", "user")}
         columns |= {name: users[name].take(columns["user"]) for name in users.column_names}
         cuts = pa.array(offsets.astype(np.int32))
-        lists = [name for name in self.schema.names if name in LISTS or name == ROW_COHORT]
+        lists = [name for name in self.schema.names if pa.types.is_list(self.schema.field(name).type)]
+        lists = [name for name in lists if name not in users.column_names]
         columns |= {name: pa.ListArray.from_arrays(cuts, rows[name].to_arrow()) for name in lists}
         return pa.table([columns[name] for name in self.schema.names], names=self.schema.names).cast(self.schema)
 
@@ -195,10 +223,11 @@ def _total(cohorts: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
     return {k: sum(c[k] for c in cohorts.values()) for k in ("tasks", "rows")}
 
 
-def _hashable(rows: pl.DataFrame, position: NDArray[np.int64]) -> bytes:
-    """What split_hash covers, as little-endian int64 [rows, 5]: task, row, item, split, role."""
+def _hashable(rows: pl.DataFrame, position: NDArray[np.int64], scenarios: bool) -> bytes:
+    """What split_hash covers, as little-endian int64 [rows, 5]: task, row, item, split, role; of scenarios user too."""
     split = rows["split"].to_physical().to_numpy()
-    columns = (rows["task"].to_numpy(), position, rows["item"].to_numpy(), split, rows["role"].to_numpy())
+    columns = [rows["task"].to_numpy(), position, rows["item"].to_numpy(), split, rows["role"].to_numpy()]
+    columns += [rows["user"].to_numpy()] if scenarios else []
     return np.stack([c.astype("<i8") for c in columns], axis=1).tobytes()
 
 

@@ -310,14 +310,16 @@ class _Training:
         """
         state, learning = self.progress, self.times.learning()
         workers = together(self.exchange.gather(self.times.packed()))
+        ranked = self.valid.table.scenarios
         line = {
             "epoch": self.epoch + 1,
             "step": self.step,
             "seconds": sum(state.phases.values()),
             "tasks_per_s": state.tasks / learning if learning else 0.0,
             "train_loss": state.loss / state.tasks if state.tasks and not self.method.sweeps else None,
-            "valid_mae": mae if math.isfinite(mae) else None,
-            "valid_mse": mse if math.isfinite(mse) else None,
+            "valid_mae": mae if math.isfinite(mae) and not ranked else None,
+            "valid_mse": mse if math.isfinite(mse) and not ranked else None,
+            **({"valid_recall@10": 1 - mae, "valid_recall@50": 1 - mse} if ranked and math.isfinite(mae) else {}),
             "lr": self.update.rate(self.step - 1) if self.update else None,
             "wait_s": state.wait,
             **{f"{k}_s": v for k, v in state.phases.items()},

@@ -1,167 +1,21 @@
-"""CMML against the paper's equations, task by task and row by row in float64, without padding, batching or hoisting."""
+"""CMML against the paper's equations (cmml_oracle.py): losses, gradients, what the encoders see, and its options."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import oracle
 import pytest
 import torch
+from cmml_oracle import RAGGED, SIZES, VARIANTS, act, cmml, features, pairwise_hinge, predictions, reference, scenarios
 from torch import Tensor
 
 from distmeta import cli
 from distmeta import config as config_module
 from distmeta.data.schema import Label as Range
 from distmeta.errors import UserError
-from distmeta.methods import METHODS, heads, method_class, options
+from distmeta.methods import heads, method_class, options
 from distmeta.methods.cmml import CMML, CMMLSoftM, sized
-from distmeta.methods.contexts import Recurrent
-from distmeta.tasks import Rows, TaskBatch, TaskBlock
-
-RAGGED = ([[5, 3, 1, 0], [7, 6]], [[2, 4, 3, 2], [1, 5]])
-SIZES: dict[str, Any] = {
-    "embedding": 3, "hidden": (6, 5), "hyper": 7, "units": 4, "encoder_hidden": (5,), "item_ids": True,
-    "hidden_support": 0.0,
-}  # fmt: skip
-VARIANTS = ("cmml-linear", "cmml-sigmoid", "cmml-film", "cmml-softm")
-
-
-def cmml(name: str, **changes: Any) -> CMML:
-    kind: Any = METHODS[name].options
-    allowed = {f.name for f in fields(kind)}
-    given = {k: v for k, v in {**SIZES, "modules": 3, "module_width": 4, **changes}.items() if k in allowed}
-    return oracle.build(method_class(name), kind(**given))  # type: ignore[arg-type,return-value]
-
-
-def mlp(layers: Any, x: Tensor, last: bool = False) -> Tensor:
-    """Fully connected layers with ReLU between them, and after the last where `last`."""
-    for i, layer in enumerate(layers):
-        x = x @ layer.weight + layer.bias
-        if last or i + 1 < len(layers):
-            x = x.relu()
-    return x
-
-
-def features(m: CMML, batch: TaskBatch, block: TaskBlock, b: int, support: bool) -> tuple[Tensor, Tensor]:
-    """[e_u, e_i] [n, d] and labels [n] of a task's real rows, from explicit one-hot matrices."""
-    inputs, labels = oracle.one_task(m, batch, block, b, support)  # type: ignore[arg-type]
-    tables = [*m.embedding.users().values(), *m.embedding.items().values()]
-    return torch.cat([x @ t.weight for x, t in zip(inputs, tables, strict=True)], 1), labels
-
-
-def gru(cell: Any, rows: list[Tensor]) -> Tensor:
-    h = rows[0].new_zeros(cell.hidden_size)
-    for x in rows:
-        r, z, n = (cell.weight_ih_l0 @ x + cell.bias_ih_l0).chunk(3)
-        hr, hz, hn = (cell.weight_hh_l0 @ h + cell.bias_hh_l0).chunk(3)
-        z = torch.sigmoid(z + hz)
-        h = (1 - z) * torch.tanh(n + torch.sigmoid(r + hr) * hn) + z * h
-    return h
-
-
-def lstm(cell: Any, rows: list[Tensor]) -> Tensor:
-    h = c = rows[0].new_zeros(cell.hidden_size)
-    for x in rows:
-        i, f, g, o = (cell.weight_ih_l0 @ x + cell.bias_ih_l0 + cell.weight_hh_l0 @ h + cell.bias_hh_l0).chunk(4)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        h = torch.sigmoid(o) * torch.tanh(c)
-    return h
-
-
-def context(m: CMML, x: Tensor, labels: Tensor) -> Tensor:
-    """C [d] of one task."""
-    o = m.options
-    rows = []
-    for row, label in zip(x.detach() if o.detach else x, labels, strict=True):
-        y = (label - 3) / 2
-        if o.positives and label <= 3:
-            continue
-        if m.label.layer is not None:
-            rows.append(torch.cat([row, (y * m.label.layer.weight[0] + m.label.layer.bias).relu()]))
-        else:
-            rows.append(torch.cat([row, y[None]]) if o.labels == "value" else row)
-    if not rows:
-        return x.new_zeros(x.shape[1])
-    layers = m.encoder.layers
-    if isinstance(m.encoder, Recurrent):
-        return mlp(layers, {"gru": gru, "lstm": lstm}[o.encoder](m.encoder.cell, rows))
-    each = torch.stack([mlp(layers, row) for row in rows])
-    return each.mean(0) if o.encoder == "mean" else each.max(0).values
-
-
-def generated(hyper: Any, c: Tensor) -> list[Tensor]:
-    """The hypernetwork's values at each depth that has any."""
-    found = []
-    for layer, last in zip(hyper.trunk, hyper.heads, strict=True):
-        c = (c @ layer.weight + layer.bias).relu()
-        if hasattr(last, "weight"):
-            found.append(c @ last.weight + last.bias)
-    return found
-
-
-def act(z: Tensor) -> Tensor:
-    return torch.where(z > 0, z, 0.01 * z)
-
-
-def output(m: CMML, x: Tensor, c: Tensor) -> Tensor:
-    """The output of one row with features x [d] under the hybrid context c."""
-    net: Any = m.backbone
-    values = generated(net.hyper, c)
-    if m.name == "cmml-linear":
-        for layer in net.layers:
-            x = act(x @ layer.weight + layer.bias)
-        return values[0][:-1] @ x + values[0][-1]
-    if m.name == "cmml-softm":
-        return soft(net, x, values)
-    for layer, v in zip(net.layers, values, strict=True):
-        z = x @ layer.weight + layer.bias
-        if m.name == "cmml-sigmoid":
-            x = act(torch.sigmoid(v) * z)
-        else:
-            gamma, beta = v[: len(z)], v[len(z) :]
-            x = act((1 + gamma if m.options.one_plus else gamma) * z + beta)
-    return (x @ net.last.weight + net.last.bias)[0]
-
-
-def soft(net: Any, x: Tensor, logits: list[Tensor]) -> Tensor:
-    """Eq. 12 and 13 module by module: softmax over the sources."""
-    m, w = net.m, net.width
-    first = net.layers[0]
-    obs = [act(x @ first.weight[:, j * w : (j + 1) * w] + first.bias[j * w : (j + 1) * w]) for j in range(m)]
-    for layer, sigma in zip(net.modules_, logits[:-1], strict=True):
-        after = []
-        for i in range(m):
-            e = [sigma[i * m + j].exp() for j in range(m)]
-            mixed = sum((e[j] / sum(e)) * obs[j] for j in range(m))
-            after.append(act(mixed @ layer.weight[i] + layer.bias[i]))
-        obs = after
-    e = [logits[-1][j].exp() for j in range(m)]
-    mixed = sum((e[j] / sum(e)) * obs[j] for j in range(m))
-    return (mixed @ net.last.weight + net.last.bias)[0]
-
-
-def predictions(m: CMML, batch: TaskBatch, block: TaskBlock, b: int) -> Tensor:
-    c = context(m, *features(m, batch, block, b, support=True))
-    outs = []
-    for x in features(m, batch, block, b, support=False)[0]:
-        if m.options.hybrid == "none":
-            hybrid = c
-        elif m.options.hybrid == "dot":
-            hybrid = c * x
-        else:
-            hybrid = mlp([m.hybrid.layer], torch.cat([c, x]), last=True)
-        outs.append(output(m, x, hybrid))
-    return torch.stack(outs)
-
-
-def reference(m: CMML, batch: TaskBatch) -> Tensor:
-    """Losses [B] by Eq. 3 and 5."""
-    losses = []
-    for block in batch:
-        for b in range(len(block.task)):
-            labels = features(m, batch, block, b, support=False)[1]
-            losses.append((predictions(m, batch, block, b) - labels).square().mean())
-    return torch.stack(losses)
-
+from distmeta.tasks import Rows, TaskBatch
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {"encoder": e}) for name in VARIANTS for e in ("mean", "max", "gru")),
@@ -365,6 +219,47 @@ def test_an_untrained_method_predicts_about_the_middle_of_the_ratings():
 def test_a_loss_that_the_labels_do_not_have_is_refused(loss, dataset, words):
     with pytest.raises(UserError, match=words):
         method_class("cmml-film")(options.CMMLFilm(**SIZES, query_loss=loss), dataset, oracle.items())
+
+
+# ---- scenarios
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("cmml-linear", {"encoder": "mean", "user_ids": True}),
+        ("cmml-sigmoid", {"encoder": "gru", "hybrid": "mlp"}),
+        ("cmml-film", {"encoder": "max", "positives": True, "detach": True}),
+        ("cmml-softm", {"encoder": "gru", "hybrid": "none", "positives": True, "user_ids": True}),
+    ],
+    ids=str,
+)
+def test_scenarios_equal_the_equations(name, changes):
+    """Each row has its own user, and Eq. 4 compares those of one user, on a dataset of ratings."""
+    m, batch = cmml(name, **changes), scenarios(oracle.batch([[5, 3, 0], [8]], [[6, 9, 3], [40]]))
+    theirs = []
+    for block in batch:
+        for b in range(len(block.task)):
+            labels = features(m, batch, block, b, support=False)[1]
+            assert block.query.user is not None
+            theirs.append(pairwise_hinge(predictions(m, batch, block, b), labels, block.query.user[b]))
+    ours, expected = m.loss(batch), torch.stack(theirs)
+    torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-11)
+    for (key, a), b in zip(oracle.gradients(ours, m).items(), oracle.gradients(expected, m).values(), strict=True):  # type: ignore[arg-type]
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10, msg=lambda s, key=key: f"{key}: {s}")
+    block, (score, _) = batch.blocks[0], m.predict(m.adapt(batch), batch)
+    torch.testing.assert_close(score[1], torch.sigmoid(predictions(m, batch, block, 1)).detach())
+
+
+def test_user_ids_are_for_scenarios():
+    with pytest.raises(UserError, match="--user-ids: the tasks are users"):
+        cmml("cmml-film", user_ids=True).adapt(oracle.batch(*RAGGED))
+
+
+def test_a_method_that_needs_the_task_s_user_says_so_of_scenarios():
+    m: Any = oracle.build(method_class("paml"), options.PAML(embedding=3))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="the tasks are scenarios, which have no user of their own"):
+        m.adapt(scenarios(oracle.batch(*RAGGED)))
 
 
 # ---- options

@@ -1,27 +1,18 @@
 """A CMML as one exported graph against the method in eager, for sizes other than those it was traced with."""
 
 import io
-from dataclasses import fields
 from typing import Any
 
 import oracle
 import pytest
 import torch
+from cmml_oracle import cmml
 
 from distmeta.errors import UserError
-from distmeta.methods import METHODS, method_class, options
+from distmeta.methods import options
 from distmeta.methods.melu import MeLU
 from distmeta.serving.export import Served, exported
 from distmeta.tasks import TaskBatch, TaskBlock
-
-SMALL = {"embedding": 3, "hidden": (6, 5), "hyper": 7, "units": 4, "encoder_hidden": (5,), "item_ids": True}
-
-
-def cmml(name: str, **changes: Any) -> Any:
-    kind: Any = METHODS[name].options
-    allowed = {f.name for f in fields(kind)}
-    given = {k: v for k, v in {**SMALL, "modules": 3, "module_width": 4, **changes}.items() if k in allowed}
-    return oracle.build(method_class(name), kind(**given)).float()  # type: ignore[arg-type]
 
 
 def inputs(batch: TaskBatch, block: TaskBlock) -> tuple[Any, ...]:
@@ -43,7 +34,7 @@ CASES = [
 @pytest.mark.parametrize(("name", "changes"), CASES, ids=str)
 def test_the_graph_answers_as_the_method_does(name, changes):
     """To 1e-5, whatever the numbers of users, support rows and candidates, saved and loaded; no support included."""
-    m = cmml(name, **changes)
+    m = cmml(name, **changes).float()
     file = io.BytesIO()
     torch.export.save(exported(m), file)
     file.seek(0)
@@ -59,7 +50,7 @@ def test_the_graph_answers_as_the_method_does(name, changes):
 
 
 def test_the_graph_holds_none_of_the_package_s_code():
-    program = exported(cmml("cmml-softm", encoder="gru"))
+    program = exported(cmml("cmml-softm", encoder="gru").float())
     for node in program.graph.nodes:
         if node.op == "call_function":
             module = getattr(node.target, "__module__", "")
@@ -73,7 +64,7 @@ def test_a_method_that_needs_gradients_is_refused():
 
 
 def test_rows_of_padding_may_hold_anything():
-    m = cmml("cmml-sigmoid", encoder="gru")
+    m = cmml("cmml-sigmoid", encoder="gru").float()
     batch = oracle.batch([[4, 2]], [[3, 3]]).to("cpu", torch.float32)
     user, item, label, mask, candidate = inputs(batch, batch.blocks[0])
     graph = exported(m).module()

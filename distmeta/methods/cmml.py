@@ -7,8 +7,8 @@ of it is feed-forward: there is no inner loop, and serving needs no gradient. A 
 and an item's once a batch wherever a layer is linear in them.
 
 The loss is the query's: squared error of ratings (Eq. 5); of clicks the cross-entropy, as for the other methods, or
-with --query-loss hinge that of Eq. 4, for scenarios of positives and sampled negatives. A task without support has
-the context 0; --hidden-support teaches that case.
+with --query-loss hinge that of Eq. 4, which is what scenarios of positives and sampled negatives are learned by in any
+case but --query-loss cross-entropy. A task without support has the context 0; --hidden-support teaches that case.
 """
 
 from dataclasses import replace
@@ -23,7 +23,7 @@ from distmeta.data.schema import Dataset
 from distmeta.methods import modulation, options
 from distmeta.methods.base import Method
 from distmeta.methods.contexts import Hybrid, Label, encoder
-from distmeta.methods.heads import chosen
+from distmeta.methods.heads import RANKING, Head, chosen
 from distmeta.networks import Embedding, Encoded
 from distmeta.tasks import Bag, Rows, TaskBatch, TaskBlock
 
@@ -54,7 +54,8 @@ class CMML(Method):
         o = sized(options)
         super().__init__(o, dataset, items)
         self.head = chosen(dataset, o.query_loss)
-        self.embedding = Embedding(dataset, items, o.embedding, o.item_ids)
+        self.ranking = self.head if o.query_loss == "cross-entropy" else RANKING
+        self.embedding = Embedding(dataset, items, o.embedding, o.item_ids, o.user_ids)
         d = self.embedding.user_width + self.embedding.item_width
         self.label = Label(dataset.label, o.labels)
         self.encoder = encoder(o.encoder, d + self.label.width, o.units, o.encoder_hidden, d)
@@ -85,7 +86,7 @@ class CMML(Method):
         losses = []
         for block in batch:
             context = self.context(block, encoded, self._hidden(batch, block))
-            losses.append(self.head.error(self.outputs(block, encoded, context), block.query))
+            losses.append(self._head(block).error(self.outputs(block, encoded, context), block.query))
         return torch.cat(losses) if losses else next(self.parameters()).new_zeros(0)
 
     @torch.no_grad()
@@ -98,7 +99,11 @@ class CMML(Method):
     def predict(self, state: list[Tensor], batch: TaskBatch) -> list[Tensor]:
         encoded = self.embedding.encode(batch)
         pairs = zip(state, batch, strict=True)
-        return [self.head.score(self.outputs(block, encoded, context)) for context, block in pairs]
+        return [self._head(block).score(self.outputs(block, encoded, context)) for context, block in pairs]
+
+    def _head(self, block: TaskBlock) -> Head:
+        """What the outputs stand for: scenarios' rows are positives and negatives whatever the dataset's labels."""
+        return self.head if block.query.user is None else self.ranking
 
     def _hidden(self, batch: TaskBatch, block: TaskBlock) -> Tensor | None:
         """bool [b]: whose support is hidden this epoch."""

@@ -35,19 +35,20 @@ def linear(layer: Any, x: Features | Tensor) -> Tensor:
 class Label(nn.Module):
     """What the encoder is told of the labels: a ReLU layer of them, the labels themselves, or nothing.
 
-    They are scaled to [−1, 1]. The authors' second linear layer after the ReLU is left to the encoder's first one.
+    They are scaled to [−1, 1]; those of scenarios are 0 or 1 whatever the dataset's. The authors' second linear layer
+    after the ReLU is left to the encoder's first one.
     """
 
     def __init__(self, label: Range, kind: str) -> None:
         super().__init__()
-        self.middle = (label.minimum + label.maximum) / 2
-        self.reach = (label.maximum - label.minimum) / 2
+        self.ends = label.minimum, label.maximum
         self.layer = Linear(1, LABEL_WIDTH) if kind == "embedding" else None
         self.width = {"embedding": LABEL_WIDTH, "value": 1, "none": 0}[kind]
 
     def scaled(self, rows: Rows) -> Tensor:
         """Labels [b, S] within [−1, 1]; 0 on padding."""
-        return torch.where(rows.mask, (rows.label - self.middle) / self.reach, 0.0)
+        low, high = self.ends if rows.user is None else (0.0, 1.0)
+        return torch.where(rows.mask, (2 * rows.label - (low + high)) / (high - low), 0.0)
 
     def parts(self, rows: Rows) -> list[Part]:
         """What stands beside the embeddings of the rows: one part [b, S, width], or none."""
@@ -59,10 +60,10 @@ class Label(nn.Module):
     def positive(self, rows: Rows) -> Rows:
         """The rows whose label is above the middle of its range, moved to the front in their order (paper 002, §4.4,
         Non-negative)."""
-        kept = rows.mask & (rows.label > self.middle)
+        kept = self.scaled(rows) > 0
         order = torch.argsort((~kept).to(torch.uint8), dim=1, stable=True)
-        kept = kept.gather(1, order)
-        return Rows(rows.item.gather(1, order), rows.label.gather(1, order), kept)
+        user = None if rows.user is None else rows.user.gather(1, order)
+        return Rows(rows.item.gather(1, order), rows.label.gather(1, order), kept.gather(1, order), user)
 
 
 class Pooling(nn.Module):

@@ -66,33 +66,39 @@ def chosen(dataset: Dataset, query_loss: str) -> Head:
     if query_loss not in ("auto", *fit):
         raise UserError(f"--query-loss {query_loss}: the labels are {kind}s; choose auto, {fit[0]} or {fit[1]}")
     if query_loss == "hinge":
-        return Head(hinge, hinge_delta, lambda output: torch.sigmoid(output.double()), 0.0)
+        return RANKING
     return head(dataset, "absolute" if query_loss == "absolute" else "squared")
 
 
 def hinge(output: Tensor, rows: Rows) -> Tensor:
     """Eq. 4 of paper 002, margin 1: each positive row against the negative ones: [b] from outputs [b, R].
 
-    The mean over a task's pairs; 0 for a task without any. What is predicted is the output's sigmoid, in double
-    precision: it is a score to rank by, not a probability, and must not lose the order of large ones.
+    The pair has the same user: the task's own, or the rows' where tasks are scenarios. A positive's pairs are averaged,
+    then the positives that have any; 0 for a task without. Where a user has one positive and one negative, as a
+    rule in scenarios, these are the pairs of s²Meta's code.
     """
-    positive, negative = _sides(rows)
     gaps = torch.relu(1 - output.unsqueeze(2) + output.unsqueeze(1))
-    pairs = positive.unsqueeze(2) & negative.unsqueeze(1)
-    return (gaps * pairs).sum((1, 2)) / pairs.sum((1, 2)).clamp(min=1)
+    return (gaps * _pairs(rows, output.dtype)).sum((1, 2))
 
 
 def hinge_delta(output: Tensor, rows: Rows) -> Tensor:
     """∂ hinge / ∂ output: [b, R]; 0 on padding."""
-    positive, negative = _sides(rows)
-    pairs = positive.unsqueeze(2) & negative.unsqueeze(1)
-    broken = (pairs & (output.unsqueeze(2) - output.unsqueeze(1) < 1)).to(output.dtype)
-    return (broken.sum(1) - broken.sum(2)) / pairs.sum((1, 2)).clamp(min=1).unsqueeze(1)
+    broken = _pairs(rows, output.dtype) * (output.unsqueeze(2) - output.unsqueeze(1) < 1)
+    return broken.sum(1) - broken.sum(2)
 
 
-def _sides(rows: Rows) -> tuple[Tensor, Tensor]:
-    """Which rows are clicks, and which are none: bool [b, R] each."""
-    return rows.mask & (rows.label > 0.5), rows.mask & (rows.label <= 0.5)
+def _pairs(rows: Rows, dtype: torch.dtype) -> Tensor:
+    """Weight [b, R, R] of each pair of a positive row and a negative one, and of the same user; their sum is 1 or 0."""
+    clicked = rows.label > 0.5
+    pairs = (rows.mask & clicked).unsqueeze(2) & (rows.mask & ~clicked).unsqueeze(1)
+    if rows.user is not None:
+        pairs = pairs & (rows.user.unsqueeze(2) == rows.user.unsqueeze(1))
+    each = pairs.to(dtype) / pairs.sum(2, keepdim=True).clamp(min=1)
+    return each / pairs.any(2).sum(1).clamp(min=1)[:, None, None]
+
+
+RANKING = Head(hinge, hinge_delta, lambda output: torch.sigmoid(output.double()), 0.0)
+"""To rank by. What is predicted is no probability; in double precision, so that large outputs keep their order."""
 
 
 def classes(label: Label, query_loss: str) -> Head:

@@ -221,6 +221,7 @@ class CMML:
     )
     embedding: int = option(32, "Width of a field's embedding.", least=1)
     item_ids: bool = option(False, "Use the item's id as a feature too; the papers use content alone.")
+    user_ids: bool = option(False, "Scenarios: use the user's id as a feature too.")
     hidden: tuple[int, ...] = option((), "Widths of the backbone's hidden layers; by default as --sizes.", least=1)
     leaky: float = option(0.01, "Slope of the backbone's ReLU below 0; the paper's text has 0.", least=0)
     encoder: str = option(
@@ -263,8 +264,8 @@ class CMML:
     )
     query_loss: str = option(
         "auto",
-        "Query loss: of ratings squared (auto) or absolute, of clicks cross-entropy (auto) or hinge: each positive row"
-        " against the negative ones of its task.",
+        "Query loss: of ratings squared (auto) or absolute, of clicks cross-entropy (auto) or hinge, which is also auto"
+        " of scenarios: each positive row against the negative ones of the same user.",
         ("auto", "squared", "absolute", "cross-entropy", "hinge"),
     )
 

@@ -77,10 +77,17 @@ class Embedding(nn.Module):
         width: e.
         item_ids: whether the item's own index is a feature too; the papers leave it out, practice does not.
         user_ids: whether the user's is, where tasks are scenarios; where they are users, new ones have none.
+        scale: standard deviation that the tables start with.
     """
 
     def __init__(
-        self, dataset: Dataset, items: Mapping[str, Bag], width: int, item_ids: bool, user_ids: bool = False
+        self,
+        dataset: Dataset,
+        items: Mapping[str, Bag],
+        width: int,
+        item_ids: bool,
+        user_ids: bool = False,
+        scale: float = 0.1,
     ) -> None:
         super().__init__()
         user_fields, item_fields = content_fields(dataset)
@@ -90,9 +97,9 @@ class Embedding(nn.Module):
         self.user_names = [f.name for f in user_fields] + ([USER_ID] if user_ids else [])
         self.item_names = [f.name for f in item_fields] + ([ITEM_ID] if item_ids else [])
         sizes = [f.size for f in user_fields] + ([dataset.users] if user_ids else [])
-        self.user_tables = nn.ModuleList(Table(n, width) for n in sizes)
+        self.user_tables = nn.ModuleList(Table(n, width, scale) for n in sizes)
         sizes = [f.size for f in item_fields] + ([dataset.items] if item_ids else [])
-        self.item_tables = nn.ModuleList(Table(n, width) for n in sizes)
+        self.item_tables = nn.ModuleList(Table(n, width, scale) for n in sizes)
         self.user_width = width * len(self.user_tables)
         self.item_width = width * len(self.item_tables)
         # buffers, so that the items' fields follow the module's device and precision; a checkpoint leaves them out

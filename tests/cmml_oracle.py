@@ -26,7 +26,10 @@ def cmml(name: str, **changes: Any) -> CMML:
     kind: Any = METHODS[name].options
     allowed = {f.name for f in fields(kind)}
     given = {k: v for k, v in {**SIZES, "modules": 3, "module_width": 4, **changes}.items() if k in allowed}
-    return oracle.build(method_class(name), kind(**given))  # type: ignore[arg-type,return-value]
+    m: Any = oracle.build(method_class(name), kind(**given))  # type: ignore[arg-type]
+    with torch.no_grad():
+        m.nothing.copy_(torch.linspace(-0.5, 0.5, len(m.nothing)))
+    return m
 
 
 def mlp(layers: Any, x: Tensor, last: bool = False) -> Tensor:
@@ -93,7 +96,7 @@ def context(m: CMML, x: Tensor, labels: Tensor, scenario: bool = False) -> Tenso
         else:
             rows.append(torch.cat([row, y[None]]) if o.labels == "value" else row)
     if not rows:
-        return x.new_zeros(x.shape[1])
+        return m.nothing
     layers = m.encoder.layers
     if isinstance(m.encoder, Recurrent):
         return mlp(layers, {"gru": gru, "lstm": lstm}[o.encoder](m.encoder.cell, rows))

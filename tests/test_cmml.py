@@ -99,18 +99,20 @@ def test_padding_is_not_seen(encoder):
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("encoder", ["mean", "max", "gru"])
 def test_users_with_nothing_at_all_are_predicted_from_their_features(name, encoder):
-    """The context is 0, also in a batch without a single support row; other features, other scores."""
-    m = cmml(name, encoder=encoder, hybrid="mlp")
+    """The context is the learned one, also in a batch without a single support row; other features, other scores."""
+    m = cmml(name, encoder=encoder)
     batch = oracle.batch([[0, 0, 0]], [[3, 3, 3]])
     assert batch.blocks[0].support.item.shape[1] in (0, 1)
     (block,) = batch.blocks
     none = replace(block.support, **{f: getattr(block.support, f)[:, :0] for f in ("item", "label", "mask")})
     for b in (batch, replace(batch, blocks=(replace(block, support=none),))):
-        assert bool((contexts(m, b) == 0).all())
+        assert bool((contexts(m, b) == m.nothing).all())
         (scores,) = m.predict(m.adapt(b), b)
         assert bool(scores.isfinite().all())
         assert len(scores.unique()) > 3
-        assert bool(m.loss(b).isfinite().all())
+        gradients = oracle.gradients(m.loss(b), m)  # type: ignore[arg-type]
+        assert all(bool(g.isfinite().all()) for g in gradients.values())
+        assert bool((gradients["nothing"] != 0).any())
 
 
 def test_hidden_supports_are_drawn_by_task_and_epoch():

@@ -8,14 +8,15 @@ and an item's once a batch wherever a layer is linear in them.
 
 The loss is the query's: squared error of ratings (Eq. 5); of clicks the cross-entropy, as for the other methods, or
 with --query-loss hinge that of Eq. 4, which is what scenarios of positives and sampled negatives are learned by in any
-case but --query-loss cross-entropy. A task without support has the context 0; --hidden-support teaches that case.
+case but --query-loss cross-entropy. A task without support has a context that is learned, from those
+whose support --hidden-support hides.
 """
 
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distmeta import draws
 from distmeta.adaptation.features import Features
@@ -55,22 +56,25 @@ class CMML(Method):
         super().__init__(o, dataset, items)
         self.head = chosen(dataset, o.query_loss)
         self.ranking = self.head if o.query_loss == "cross-entropy" else RANKING
-        self.embedding = Embedding(dataset, items, o.embedding, o.item_ids, o.user_ids)
+        self.embedding = Embedding(dataset, items, o.embedding, o.item_ids, o.user_ids, o.embedding_std)
         d = self.embedding.user_width + self.embedding.item_width
         self.label = Label(dataset.label, o.labels)
         self.encoder = encoder(o.encoder, d + self.label.width, o.units, o.encoder_hidden, d)
+        self.nothing = nn.Parameter(torch.zeros(d))
+        """The context of a task without support."""
         self.hybrid = Hybrid(o.hybrid, d)
         self.backbone = self.modulated(d, o, self.head.start)
 
     def context(self, block: TaskBlock, encoded: Encoded, hidden: Tensor | None = None) -> Tensor:
-        """C [b, d] of the block's tasks from their support; that of tasks where `hidden` (bool [b]) is 0."""
+        """C [b, d] of the block's tasks from their support; without it where `hidden` (bool [b])."""
         support = block.support
         if hidden is not None:
             support = replace(support, mask=support.mask & ~hidden[:, None])
         if self.options.positives:
             support = self.label.positive(support)
         parts = [place.base() for place in encoded.place(block, support, detach=self.options.detach)]
-        return self.encoder(Features(*parts, *self.label.parts(support)), support.mask)
+        c = self.encoder(Features(*parts, *self.label.parts(support)), support.mask)
+        return torch.where(support.mask.any(1, keepdim=True), c, self.nothing)
 
     def rows(self, block: TaskBlock, encoded: Encoded, context: Tensor, rows: Rows) -> tuple[Features, Features]:
         """The features and the hybrid context of some rows of the block."""

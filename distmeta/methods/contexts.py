@@ -1,8 +1,9 @@
 """What a task's support is condensed into: encoders and hybrid generators of CMML (paper 002, §3.2, §3.3).
 
-An encoder maps the support's rows, [e_u, e_i] and what is said of their labels, to one context C a task; a generator
-joins C with the features of a row to be predicted. Both take features as parts (adaptation/features.py), so that the
-user's half is multiplied once a task and an item's once a batch. Rows stand first in time order, padding after them.
+An encoder maps the support's rows, [e_u, e_i] and what is said of their labels, to one context C a task, which means
+nothing where there are none. A generator joins C with the features of a row to be predicted. Both take features as
+parts (adaptation/features.py), so that the user's half is multiplied once a task and an item's once a batch. Rows stand
+first in time order, padding after them.
 
 Shape letters: b tasks, S support rows, Q query rows, d the width of user and item side by side, which is C's too.
 """
@@ -67,7 +68,7 @@ class Label(nn.Module):
 
 
 class Pooling(nn.Module):
-    """PE: an MLP with ReLU on each row, then the rows' mean or maximum (Eq. 6); 0 without rows."""
+    """PE: an MLP with ReLU on each row, then the rows' mean or maximum (Eq. 6)."""
 
     def __init__(self, d: int, hidden: Sequence[int], out: int, most: bool) -> None:
         super().__init__()
@@ -87,12 +88,12 @@ class Pooling(nn.Module):
         else:  # the mean of a linear map is that of the mean
             share = mask.to(h.dtype) / mask.sum(1, keepdim=True).clamp(min=1)
             c = linear(last, torch.bmm(share.unsqueeze(1), h).squeeze(1))
-        return torch.where(mask.any(1, keepdim=True), c, 0.0)
+        return c
 
 
 class Recurrent(nn.Module):
     """SE: a GRU or LSTM over the whole support in time order, then an MLP with ReLU on the state after the last row
-    (the lost Eq. 7); 0 without rows. The authors' user setting feeds the rows one by one and keeps the last one's."""
+    (the lost Eq. 7). The authors' user setting feeds the rows one by one and keeps the last one's."""
 
     def __init__(self, d: int, cell: str, units: int, hidden: Sequence[int], out: int) -> None:
         super().__init__()
@@ -105,7 +106,7 @@ class Recurrent(nn.Module):
         c = linear(first, self.state(x.dense(), mask))
         for layer in others:
             c = linear(layer, torch.relu(c))
-        return torch.where(mask.any(1, keepdim=True), c, 0.0)
+        return c
 
     def state(self, x: Tensor, mask: Tensor) -> Tensor:
         """The state [b, units] after each task's last row; what it passes over as padding comes after that."""

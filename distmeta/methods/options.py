@@ -207,10 +207,7 @@ class MAMO(Gradient):
 
 @dataclass(frozen=True)
 class CMML:
-    """Adapts without a gradient: the support is encoded to a context that modulates the network. Sizes by default are
-    those of --sizes: `user` (paper 002, §7.2.2) a mean encoder [64], a backbone [64, 64], a hypernetwork of 256;
-    `scenario` (§7.2.1) a GRU of 256 with [256], [64, 64, 64], 64; `text` (§4.1.4) a GRU of 128 with [128, 128],
-    [64, 64, 64], 64."""
+    """Adapts without a gradient: the support is encoded to a context that modulates the network."""
 
     sizes: str = option(
         "user",
@@ -220,6 +217,7 @@ class CMML:
         ("user", "scenario", "text"),
     )
     embedding: int = option(32, "Width of a field's embedding.", least=1)
+    embedding_std: float = option(0.1, "Standard deviation that the embeddings start with.", above=0)
     item_ids: bool = option(False, "Use the item's id as a feature too; the papers use content alone.")
     user_ids: bool = option(False, "Scenarios: use the user's id as a feature too.")
     hidden: tuple[int, ...] = option((), "Widths of the backbone's hidden layers; by default as --sizes.", least=1)
@@ -257,7 +255,7 @@ class CMML:
         0.0, "What the hypernetwork's biases start from; the paper has 0 and, for MovieLens, .1."
     )
     hidden_support: float = option(
-        0.05,
+        0.02,
         "Share of the training tasks whose support is hidden, so that a user with nothing at all is predicted too.",
         least=0,
         most=1,
@@ -274,13 +272,20 @@ class CMML:
 class CMMLFilm(CMML):
     """The context scales and shifts the units of each layer."""
 
-    one_plus: bool = option(False, "Scale units by 1 + the generated weights and not by the weights, as printed.")
+    one_plus: bool = option(
+        True, "Scale units by 1 + the generated weights; as printed and in the authors' code, by the weights alone."
+    )
 
 
 @dataclass(frozen=True)
 class CMMLSoftM(CMML):
     """The context chooses routes through small modules."""
 
+    embedding_std: float = option(
+        0.4,
+        "Standard deviation that the embeddings start with; from .1 the routes hardly part within ten epochs.",
+        above=0,
+    )
     modules: int = option(4, "Modules of a layer.", least=1)
     module_width: int = option(32, "Units of a module.", least=1)
     module_layers: int = option(

@@ -190,7 +190,7 @@ def scenarios(batch: TaskBatch, people: int = 4) -> TaskBatch:
 
     blocks = tuple(replace(b, user={}, support=side(b.support), query=side(b.query)) for b in batch)
     fields = oracle.bags(oracle.USER_FIELDS, people, g)
-    return replace(batch, blocks=blocks, users=torch.tensor([31, 2, 44, 17]), user_fields=fields)
+    return replace(batch, blocks=blocks, users=torch.tensor([31, 2, 44, 17])[:people], user_fields=fields)
 
 
 def pairwise_hinge(outputs: Tensor, labels: Tensor, user: Tensor) -> Tensor:

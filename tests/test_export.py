@@ -6,7 +6,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from cmml_oracle import cmml
+from cmml_oracle import cmml, scenarios
 
 from distmeta.errors import UserError
 from distmeta.methods import options
@@ -47,6 +47,20 @@ def test_the_graph_answers_as_the_method_does(name, changes):
         mask = batch.blocks[0].query.mask
         torch.testing.assert_close(found[mask], expected[mask], rtol=1e-5, atol=1e-5)
         assert not found.requires_grad
+
+
+@pytest.mark.parametrize(("name", "encoder"), [("cmml-film", "gru"), ("cmml-softm", "mean")])
+def test_scenarios_have_a_graph_too(name, encoder):
+    m = cmml(name, encoder=encoder, user_ids=True).float()
+    graph = exported(m, scenarios=True).module()
+    for people in (4, 1):
+        batch = scenarios(oracle.batch([[9, 4]], [[11, 30]]), people).to("cpu", torch.float32)
+        block = batch.blocks[0]
+        user = {n: (b.index,) if b.weight is None else (b.index, b.weight) for n, b in batch.user_fields.items()}
+        given = (user, *inputs(batch, block)[1:], (batch.users, block.support.user, block.query.user))
+        (expected,) = m.predict(m.adapt(batch), batch)
+        mask = block.query.mask
+        torch.testing.assert_close(graph(*given)[mask], expected[mask], rtol=1e-5, atol=1e-5)
 
 
 def test_the_graph_holds_none_of_the_package_s_code():

@@ -90,7 +90,7 @@ class CMML(Method):
         losses = []
         for block in batch:
             context = self.context(block, encoded, self._hidden(batch, block))
-            losses.append(self._head(block).error(self.outputs(block, encoded, context), block.query))
+            losses.append(self.head_of(block).error(self.outputs(block, encoded, context), block.query))
         return torch.cat(losses) if losses else next(self.parameters()).new_zeros(0)
 
     @torch.no_grad()
@@ -103,9 +103,9 @@ class CMML(Method):
     def predict(self, state: list[Tensor], batch: TaskBatch) -> list[Tensor]:
         encoded = self.embedding.encode(batch)
         pairs = zip(state, batch, strict=True)
-        return [self._head(block).score(self.outputs(block, encoded, context)) for context, block in pairs]
+        return [self.head_of(block).score(self.outputs(block, encoded, context)) for context, block in pairs]
 
-    def _head(self, block: TaskBlock) -> Head:
+    def head_of(self, block: TaskBlock) -> Head:
         """What the outputs stand for: scenarios' rows are positives and negatives whatever the dataset's labels."""
         return self.head if block.query.user is None else self.ranking
 

@@ -5,7 +5,7 @@ The number of users, of support rows and of candidates are free; so are the valu
 
     program = exported(method)
     torch.export.save(program, "cmml.pt2")
-    scores = torch.export.load("cmml.pt2").module()(*inputs)  # Served.forward says what they are
+    scores = torch.export.load("cmml.pt2").module()(*inputs)  # what they are, Served.forward says
 """
 
 import copy
@@ -25,6 +25,10 @@ from distmeta.tasks import Bag, Rows, TaskBatch, TaskBlock
 
 User = dict[str, tuple[Tensor, ...]]
 """Field name -> (index int64 [b, M],) of a categorical field, (index, weight float [b, M]) of another, as in a Bag."""
+
+People = tuple[Tensor, Tensor, Tensor]
+"""Of scenarios: user indices of the dataset int64 [V], and whose each support row [b, S] and each candidate [b, Q] is,
+int64 positions in those."""
 
 
 class Served(nn.Module):
@@ -46,26 +50,35 @@ class Served(nn.Module):
             self.method.encoder = Scanned(self.method.encoder)
 
     def forward(
-        self, user: User, support_item: Tensor, support_label: Tensor, support_mask: Tensor, candidate: Tensor
+        self,
+        user: User,
+        support_item: Tensor,
+        support_label: Tensor,
+        support_mask: Tensor,
+        candidate: Tensor,
+        people: People | None = None,
     ) -> Tensor:
         """Scores [b, Q].
 
         Args:
-            user: the users' fields; those that the method does not use may stand here too.
+            user: the users' fields, of scenarios those of its V users; what the method does not use may be there too.
             support_item: item indices of the dataset, int64 [b, S], in time order, padding last.
             support_label: float [b, S]. support_mask: bool [b, S]; all false for a user with nothing.
             candidate: item indices, int64 [b, Q].
+            people: the users of the rows, where tasks are scenarios.
         """
         m = self.method
         items = torch.cat([support_item.flatten(), candidate.flatten()])
         place = torch.arange(items.shape[0], device=items.device)
         n = support_item.numel()
-        support = Rows(place[:n].view_as(support_item), support_label, support_mask)
-        query = Rows(place[n:].view_as(candidate), torch.zeros_like(candidate), torch.ones_like(candidate))
+        users, support_user, candidate_user = people or (None, None, None)
+        support = Rows(place[:n].view_as(support_item), support_label, support_mask, support_user)
+        unknown = torch.zeros_like(candidate)
+        query = Rows(place[n:].view_as(candidate), unknown, unknown, candidate_user)  # their items alone are looked at
         bags = {name: Bag(values[0], values[1] if len(values) > 1 else None) for name, values in user.items()}
-        block = TaskBlock(support_item[:, 0], bags, support, query)
-        encoded = m.embedding.encode(TaskBatch(items, (block,)))
-        return m.head.score(m.outputs(block, encoded, m.context(block, encoded)))
+        block = TaskBlock(support_mask[:, :1], {} if people else bags, support, query)
+        encoded = m.embedding.encode(TaskBatch(items, (block,), users=users, user_fields=bags if people else {}))
+        return m.head_of(block).score(m.outputs(block, encoded, m.context(block, encoded)))
 
 
 class Scanned(Recurrent):
@@ -106,7 +119,7 @@ def _lstm(state: list[Tensor], input_: Tensor, recurrent: Tensor) -> list[Tensor
     return [torch.sigmoid(o) * torch.tanh(c), c]
 
 
-def example(method: Method, users: int = 3, support: int = 5, candidates: int = 7) -> tuple[Any, ...]:
+def example(method: Method, scenarios: bool, users: int = 3, support: int = 5, candidates: int = 7) -> tuple[Any, ...]:
     """Inputs of `Served.forward` of these sizes, all zeros but the mask."""
     like = next(method.parameters())
     user: User = {}
@@ -115,17 +128,26 @@ def example(method: Method, users: int = 3, support: int = 5, candidates: int = 
         index = torch.zeros(users, width, dtype=torch.int64, device=like.device)
         user[f.name] = (index,) if f.type == "categorical" else (index, index.to(like.dtype))
     item = torch.zeros(users, support, dtype=torch.int64, device=like.device)
-    return user, item, item.to(like.dtype), torch.ones_like(item, dtype=torch.bool), item.new_zeros(users, candidates)
+    candidate, mask = item.new_zeros(users, candidates), torch.ones_like(item, dtype=torch.bool)
+    inputs = user, item, item.to(like.dtype), mask, candidate
+    # clones: one tensor twice would be one input of the graph
+    return (*inputs, (item.new_zeros(users), item.clone(), candidate.clone())) if scenarios else inputs
 
 
 @torch.no_grad()
-def exported(method: Method) -> ExportedProgram:
-    """The method as one graph; UserError where it cannot be one."""
-    served, inputs = Served(method), example(method)
+def exported(method: Method, scenarios: bool = False) -> ExportedProgram:
+    """The method as one graph; UserError where it cannot be one.
+
+    Args:
+        scenarios: the tasks that it serves are scenarios, whose rows have users of their own.
+    """
+    served, inputs = Served(method), example(method, scenarios)
     b, s, q = Dim("users"), Dim("support"), Dim("candidates")
+    one = Dim("people") if scenarios else b
     user = {}
     for i, f in enumerate(method.dataset.user_fields):
-        shape = {0: b, 1: Dim(f"values{i}")} if f.type == "multi_categorical" else {0: b}
+        shape = {0: one, 1: Dim(f"values{i}")} if f.type == "multi_categorical" else {0: one}
         user[f.name] = (shape,) * len(inputs[0][f.name])
-    rows = {0: b, 1: s}
-    return export(served, inputs, dynamic_shapes=(user, rows, rows, rows, {0: b, 1: q}))
+    rows, candidates = {0: b, 1: s}, {0: b, 1: q}
+    shapes: tuple[Any, ...] = (user, rows, rows, rows, candidates)
+    return export(served, inputs, dynamic_shapes=(*shapes, ({0: one}, rows, candidates)) if scenarios else shapes)

@@ -25,7 +25,9 @@ rows are drawn as in training. Where there are no more candidates than N, Recall
 these scenarios.
 
 Cohorts are the kinds of scenarios, where there are several: the fields they are made from, or of own scenarios what
-their names begin with (`KIND: name`). Stored rows: DRAWN (training), SUPPORT and QUERY (the positives of query users), and OFFERED: candidates that no other
+their names begin with (`KIND: name`).
+
+Stored rows: DRAWN (training), SUPPORT and QUERY (the positives of query users), and OFFERED: candidates that no other
 row of the task has. Rows but support ones stand by (user, item), on which the loader relies.
 """
 

@@ -166,7 +166,7 @@ def test_intervals_resample_scenarios(table: TaskTable, dataset: Dataset, data: 
     measured = evaluation.evaluate(Rule(dataset), table, dataset)
     floors = evaluation.floors(table, dataset, data, ())
     found = evaluation.assemble("rule", table, 0, measured, floors)
-    mean = {name: f.tasks["recall@10"].mean() for name, f in {**floors, "rule": measured}.items()}
+    mean = {name: float(f.tasks["recall@10"].to_numpy().mean()) for name, f in {**floors, "rule": measured}.items()}
     for name in floors:
         difference, low, high = found["paired"][name]["all"]["recall@10"]
         assert difference == pytest.approx(mean["rule"] - mean[name])

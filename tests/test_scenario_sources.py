@@ -1,13 +1,16 @@
 """Sources with scenarios: MovieLens-20M's tags, Taobao's themes, and tables whose rows name their market."""
 
+import dataclasses
 from pathlib import Path
 
 import polars as pl
 import pytest
+import scenarioworld as world
 
 from distmeta.commands.prepare import main as prepare
 from distmeta.data import tasktable
 from distmeta.data.schema import Dataset
+from distmeta.data.sources.hybrid import _fields, hybrid
 from distmeta.data.sources.movielens20m import movielens_20m
 from distmeta.data.sources.taobao_themes import taobao_cloud_theme
 from distmeta.errors import UserError
@@ -179,3 +182,57 @@ def test_markets_of_real_logs(taobao: Path, tmp_path: Path) -> None:
     table = tasktable.make(Location.of(tmp_path / "x"), "cmml-scenario", 0, {"scenario_most": 10_000})
     assert table.notes["scenarios"] == "own: 4, of which 4 are used"
     assert [table.counts[s]["tasks"] for s in ("train", "valid", "test")] == [3, 0, 1]
+
+
+def test_hybrid_holds_the_scenarios_of_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Positives of both datasets under new names, fields as raw values; the protocol's cohorts are the domains."""
+    world.make(tmp_path / "films", themes=False)
+    world.make(tmp_path / "shop", themes=True)
+    manifest = tmp_path / "shop" / "dataset.json"
+    manifest.write_text(manifest.read_text().replace('"name": "world"', '"name": "shop"'))
+    bounds = ["--scenario-least", "12", "--scenario-most", "40", "--scenario-support", "6"]
+    bounds += ["--scenario-query", "10", "--out", str(tmp_path / "both")]
+    with pytest.raises(UserError, match="two datasets are called world; a hybrid is of different ones"):
+        prepare(["hybrid", "--of", str(tmp_path / "films"), str(tmp_path / "films"), *bounds])
+    assert prepare(["hybrid", "--of", str(tmp_path / "films"), str(tmp_path / "shop"), *bounds]) == 0
+    assert "world: 40 users" in capsys.readouterr().out
+    wanted = set()
+    for name, folder in (("world", "films"), ("shop", "shop")):
+        raw = {s: pl.read_parquet(f"{tmp_path / folder}/{s}s/*.parquet")["raw_id"] for s in ("user", "item")}
+        for scenario, pairs in world.kept(world.positives(str(tmp_path / folder))).items():
+            wanted |= {
+                (f"{name}/{raw['user'][u]}", f"{name}/{raw['item'][i]}", f"{name}: {scenario}") for u, i in pairs
+            }
+    found = rows(tmp_path / "both")
+    assert {(u, i, s) for u, i, _, _, s in found} == wanted
+    assert len(found) == len(wanted)
+    films = dict(
+        zip(
+            pl.read_parquet(f"{tmp_path}/films/items/*.parquet")["raw_id"],
+            values(tmp_path / "films", "item", "genres"), strict=True,
+        )
+    )  # fmt: skip
+    genres = values(tmp_path / "both", "item", "genres")
+    for raw_id, mine in zip(pl.read_parquet(f"{tmp_path}/both/items/*.parquet")["raw_id"], genres, strict=True):
+        if str(raw_id).startswith("world/"):
+            assert mine == films[str(raw_id).removeprefix("world/")]
+    table = tasktable.make(Location.of(tmp_path / "both"), "cmml-scenario", 0, world.SMALL)
+    assert set(table.cohorts["train"]) == {"world", "shop"}
+    assert table.notes["scenarios"].startswith("own: ")
+
+
+def test_hybrid_refuses_what_it_cannot_join(tmp_path: Path) -> None:
+    """A field of two types; a dataset without a scenario of such sizes; one dataset alone."""
+    world.make(tmp_path / "films", themes=False)
+    write(tmp_path / "raw", {"theme_click_log.csv": THEMES})
+    taobao_cloud_theme(Location.of(tmp_path / "raw"), Location.of(tmp_path / "themes"))
+    films, themes, out = (Location.of(tmp_path / n) for n in ("films", "themes", "out"))
+    with pytest.raises(UserError, match="--of names one dataset; give two or more"):
+        hybrid([films], out, {})
+    with pytest.raises(UserError, match=r"themes: leaves no scenario \(2 scenarios with too few items"):
+        hybrid([films, themes], out, {"scenario_least": 12})
+    other = Dataset.open(films)
+    fields = tuple(dataclasses.replace(f, type="numeric") if f.name == "genres" else f for f in other.item_fields)
+    with pytest.raises(UserError, match="the item field genres is numeric in world and multi_categorical in another"):
+        _fields([other, dataclasses.replace(other, item_fields=fields)], "item")
+    assert not (tmp_path / "out" / "dataset.json").exists()

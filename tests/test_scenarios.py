@@ -3,6 +3,7 @@
 import dataclasses
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -85,6 +86,22 @@ def test_tasks_are_what_loops_over_the_rows_find(data: Location, table: TaskTabl
         assert {i for _, i in offered} == items - {i for _, i, _, r in rows if r != OFFERED}
         assert {u for u, _ in offered} <= {-1}
     assert not any(left.values())
+
+
+def test_asked_users_may_be_kept_out_of_training(data: Location) -> None:
+    """With --scenario-apart a fifth of the users is asked alone: in no training scenario and in no support."""
+    table = tasktable.make(data, "cmml-scenario", 0, {**world.SMALL, "scenario_apart": True})
+    n = Dataset.open(data).users
+    held = draws.uniform(0, np.arange(n), purpose="cmml-scenario/apart") < 0.2
+    assert 0.05 < held.mean() < 0.4
+    scenarios = {frozenset((u, i) for u, i in p if not held[u]): p for p in world.positives(data.path).values()}
+    trained = world.stored(table, "train").values()
+    assert trained
+    for task in trained:
+        assert frozenset(zip(task["user"], task["item"], strict=True)) in scenarios
+    for task in world.stored(table, "test").values():
+        for user, role in zip(task["user"], task["role"], strict=True):
+            assert role == OFFERED or held[user] == (role == QUERY)
 
 
 def test_split_is_the_seeds_and_not_the_chunks(
@@ -251,7 +268,7 @@ def test_bad_options_are_told(data: Location, options: dict[str, object], told: 
 def test_own_scenarios_that_are_not_there(tmp_path: Path) -> None:
     one = pl.DataFrame({"user": [1], "item": [1], "label": [1.0], "time": [0]})
     bare = Location.of(tmp_path / "bare")
-    sides = {"users": one.select("user"), "items": one.select("item"), "interactions": one}
+    sides: dict[str, Any] = {"users": one.select("user"), "items": one.select("item"), "interactions": one}
     write_dataset(bare, name="bare", label=Label("click", 0, 1), user_fields={}, item_fields={}, **sides)
     for given, told in (("own", "has no scenarios of its own; name item"), ("", "no item field tags or genres; name")):
         with pytest.raises(UserError, match=told):

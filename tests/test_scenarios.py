@@ -233,6 +233,16 @@ def test_absent_items_are_counted_right() -> None:
         assert made.absent(np.array([g]), np.array([9]), np.array([np.nextafter(1, 0)])).tolist() == rest[-1:]
 
 
+def test_users_who_took_everything_are_left_out() -> None:
+    """With user 1, who took all of a to c, goes c; then user 2 has taken all that is left; scenario 9 keeps its own."""
+    taken = {(7, 1): "abc", (7, 2): "ab", (7, 3): "a", (7, 4): "b", (9, 1): "ab", (9, 2): "bc"}
+    pairs = [(s, u, ord(i)) for (s, u), items in taken.items() for i in items]
+    rows = pl.DataFrame(pairs, schema=["scenario", "user", "item"], orient="row")
+    left, went = protocol._unsated(rows)
+    assert went == 2
+    assert {tuple(r[:2]) for r in left.rows()} == {(7, 3), (7, 4), (9, 1), (9, 2)}
+
+
 def test_permuted_is_a_permutation_and_a_fair_one() -> None:
     """Every size maps onto itself; 720 ordered triples of 10 come up equally often (chi-square, 5 sd)."""
     for size in (1, 2, 7, 192, 300, 5000):

@@ -258,15 +258,12 @@ def tasks(interactions: pl.DataFrame, plan: Plan) -> tuple[pl.DataFrame, dict[st
     if plan.options["scenario_apart"]:
         trained = plan.group[interactions["scenario"].to_numpy()] == TRAIN
         interactions = interactions.filter(pl.Series(~(trained & _apart(interactions, plan))))
-    rows = interactions.with_columns(
-        items=pl.col("item").n_unique().over("scenario"), taken=pl.len().over("scenario", "user")
-    )
-    sated = pl.col("taken") >= pl.col("items")
-    dropped = {"users who took every item of a scenario": rows.filter(sated).select("scenario", "user").n_unique()}
-    rows = rows.filter(~sated).with_columns(pl.len().over("scenario").alias("positives"))
+    rows, sated = _unsated(interactions)
+    dropped = {"users who took every item of a scenario": sated}
+    rows = rows.with_columns(pl.len().over("scenario").alias("positives"))
     needed = plan.options["scenario_support"] + plan.options["scenario_query"]
     enough = (pl.col("positives") >= needed) & (pl.col("user").n_unique().over("scenario") > 1)
-    kept = rows.filter(enough).drop("items", "taken", "positives")
+    kept = rows.filter(enough).drop("positives")
     kept = kept.with_columns(cohort=plan.more.cohort.gather(kept["scenario"]))
     dropped[REASONS[2]] = rows["scenario"].n_unique() - kept["scenario"].n_unique()
     code = pl.Series(plan.group[kept["scenario"].to_numpy()])
@@ -274,6 +271,21 @@ def tasks(interactions: pl.DataFrame, plan: Plan) -> tuple[pl.DataFrame, dict[st
     for name, wanted in (("valid", VALID), ("test", NEW)):
         parts.append(_fixed(kept.filter(code == wanted), name, plan))
     return pl.concat(parts), dropped
+
+
+def _unsated(rows: pl.DataFrame) -> tuple[pl.DataFrame, int]:
+    """Rows without the users who took every item of a scenario, and how many such users went.
+
+    With a user may go an item, and then another has taken all that is left: until there is none.
+    """
+    went = 0
+    while True:
+        items, taken = pl.col("item").n_unique().over("scenario"), pl.len().over("scenario", "user")
+        sated = rows.select(taken >= items).to_series()
+        if not sated.any():
+            return rows, went
+        went += rows.filter(sated).select("scenario", "user").n_unique()
+        rows = rows.filter(~sated)
 
 
 def _frame(rows: pl.DataFrame, split: str, role: pl.Expr, label: float = 1.0) -> pl.DataFrame:

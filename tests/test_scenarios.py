@@ -19,6 +19,7 @@ from distmeta.data.absent import Taken
 from distmeta.data.loader import Loader
 from distmeta.data.protocols import DRAWN, OFFERED, QUERY, SUPPORT
 from distmeta.data.protocols import scenario as protocol
+from distmeta.data.scenarios import training_pairs
 from distmeta.data.schema import Dataset, Label
 from distmeta.data.tasktable import TaskTable
 from distmeta.data.write import write_dataset
@@ -86,6 +87,14 @@ def test_tasks_are_what_loops_over_the_rows_find(data: Location, table: TaskTabl
         assert {i for _, i in offered} == items - {i for _, i, _, r in rows if r != OFFERED}
         assert {u for u, _ in offered} <= {-1}
     assert not any(left.values())
+    sizes = [len(set(task["item"])) for task in found["test"].values()]
+    for n in (10, 20, 50, 100):
+        short = sum(size <= n for size in sizes)
+        told = f"1 whatever the ranking in {short} test scenarios with at most {n} candidates" if short else None
+        assert table.notes.get(f"recall@{n}") == told
+    pairs = {p for task in found["train"].values() for p in zip(task["user"], task["item"], strict=True)}
+    user, item = training_pairs(table, Dataset.open(data))
+    assert list(zip(user.tolist(), item.tolist(), strict=True)) == sorted(pairs)
 
 
 def test_asked_users_may_be_kept_out_of_training(data: Location) -> None:

@@ -97,6 +97,9 @@ class DataOptions:
     scenario_users: int = option(
         500, "cmml-scenario: users of a validation or test scenario whose lists are ranked; 0: all.", least=0
     )
+    scenario_apart: bool = option(
+        False, "cmml-scenario: keep the users whose lists are ranked, a fifth of all, out of all training scenarios."
+    )
     scenario_draws: int = option(32, "cmml-scenario: episodes that an epoch draws of each scenario.", least=1)
 
 

@@ -27,6 +27,7 @@ sources:
   taobao-userbehavior  UserBehavior.csv, as tianchi.aliyun.com gives it, or a Parquet table of the same
   taobao-cloud-theme  theme_click_log.csv, as tianchi.aliyun.com gives it: clicks in themes
   table            your own Parquet or CSV files, described by a short YAML file
+  hybrid           the scenarios of several prepared datasets in one
   synthetic        a made world of clusters whose best possible error is known
 and:
   tasks            choose users, support and query by a protocol (train does this by itself on first use)
@@ -218,6 +219,32 @@ def _table(argv: Sequence[str]) -> int:
     return _make(args.out, lambda out: table(spec, raw, out))
 
 
+def _hybrid(argv: Sequence[str]) -> int:
+    from distmeta.data.protocols.scenario import CHOICE
+
+    parser = _parser(
+        "hybrid",
+        "Put the scenarios of several prepared datasets into one: their positives become clicks in scenarios of\n"
+        "its own, called DATASET: scenario. --protocol cmml-scenario then tells the datasets apart as cohorts.",
+        "example: python -m jobs.prepare hybrid --of data/ml-1m data/themes --out data/hybrid",
+    )
+    parser.add_argument("--of", required=True, nargs="+", metavar="DATASET", help="the prepared datasets")
+    for name in CHOICE:
+        f = DataOptions.__dataclass_fields__[name]
+        parser.add_argument(
+            "--" + name.replace("_", "-"), type=type(f.default), default=f.default, metavar="VALUE",
+            help=f.metadata["help"].removeprefix("cmml-scenario: ").replace("%", "%%"),
+        )  # fmt: skip
+    _add_out(parser)
+    args = parser.parse(argv)
+    options = {name: getattr(args, name) for name in CHOICE}
+    build(DataOptions, options, "prepare hybrid", flags=True)
+    from distmeta.data.sources.hybrid import hybrid
+
+    parts = [Location.of(part) for part in args.of]
+    return _make(args.out, lambda out: hybrid(parts, out, options))
+
+
 def _synthetic(argv: Sequence[str]) -> int:
     from distmeta.data.sources.synthetic import Recipe, generate
 
@@ -298,6 +325,7 @@ _SOURCES: dict[str, Callable[[Sequence[str]], int]] = {
     "taobao-userbehavior": _taobao_userbehavior,
     "taobao-cloud-theme": _taobao_cloud_theme,
     "table": _table,
+    "hybrid": _hybrid,
     "synthetic": _synthetic,
     "tasks": _tasks,
 }

@@ -18,7 +18,9 @@ from distmeta.data.collate import Distinct, Ints, block_bounds, padded, spans
 from distmeta.data.encode import Encoded, bag, ragged
 from distmeta.data.protocols import DRAWN, OFFERED, QUERY, SUPPORT
 from distmeta.data.schema import Dataset
+from distmeta.data.tasktable import TaskTable
 from distmeta.errors import UserError
+from distmeta.exchange import Exchange
 from distmeta.tasks import TaskBatch, TaskBlock
 
 LIST_ROWS = 1 << 14
@@ -114,6 +116,26 @@ class Candidates:
     """[T + 1]."""
     place: Ints
     """[rows]: of each row's item among its task's."""
+
+
+def training_pairs(table: TaskTable, dataset: Dataset, exchange: Exchange | None = None) -> tuple[Ints, Ints]:
+    """The positives of all training scenarios, each user and item once: users and items, by (user, item).
+
+    What overlapping scenarios have in common counts once. Every worker of `exchange` reads its shards and gets all.
+
+    Raises:
+        UserError: a part is missing or damaged.
+    """
+    e = exchange or Exchange()
+    groups = [range(len(g)) for g in table.groups("train")]
+    mine = [(v, groups[v]) for v in range(table.shards) if v % e.world == e.rank and groups[v]]
+    keys = np.zeros(0, np.int64)
+    for part in table.stream("train", mine, ["user", "item"]):
+        (user, _), (item, _) = (ragged(part[name], pa.int32()) for name in ("user", "item"))
+        keys = np.union1d(keys, user.astype(np.int64) * dataset.items + item)
+    everyone = [np.frombuffer(data, np.int64) for data in e.gather(keys.tobytes())]
+    keys = np.unique(np.concatenate(everyone))
+    return keys // dataset.items, keys % dataset.items
 
 
 class ScenarioCollator:

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from distmeta import draws
-from distmeta.data.protocols import SPLITS, Protocol, Source
-from distmeta.data.schema import SCENARIOS, Dataset, Field
-from distmeta.data.tables import AGAIN, PARQUET, read_part, read_side, to_polars
+from distmeta.data.protocols import SPLITS, Protocol
+from distmeta.data.reading import Reading
+from distmeta.data.schema import Dataset
+from distmeta.data.tables import PARQUET, read_side
 from distmeta.errors import UserError
 from distmeta.storage import Location, writing
 
@@ -75,11 +76,11 @@ class Maker:
         Raises:
             UserError: the dataset is damaged, the protocol leaves no training task, or the place is read-only.
         """
-        users = read_side(self.dataset, self.manifest, "users", ["user", "raw_id", *self.user_fields])
-        source = self._source(users)
+        reading = Reading(self.dataset, self.manifest)
+        source = reading.source()
         plan = self.protocol.plan(source, self.split_seed, self.options)
-        users = users.select([] if self.scenarios else self.user_fields)
-        chunks = self.protocol.chunks(source, plan) if self.protocol.chunks else self._interactions()
+        users = read_side(self.dataset, self.manifest, "users", [] if self.scenarios else self.user_fields)
+        chunks = self.protocol.chunks(source, plan) if self.protocol.chunks else reading.interactions()
         dropped, digest, cohorts = Counter[str](), hashlib.sha256(), Cohorts()
         dropped.update(plan.dropped)
         with _Parts(self.where, self.schema) as parts:
@@ -115,76 +116,6 @@ class Maker:
             **self.protocol.sizes(self.options),
         }
         (self.where / "tasks.json").write_json(manifest)
-
-    def _source(self, users: pa.Table) -> Source:
-        return Source(
-            self.manifest,
-            self.dataset,
-            to_polars(users),
-            self._items(),
-            lambda name: self._vocabulary("user", next(f for f in self.manifest.user_fields if f.name == name)),
-            self._interactions,
-            self._item_field,
-            self._scenarios,
-        )
-
-    def _item_field(self, name: str) -> pl.DataFrame:
-        """item, value of an item field: each known value of each item."""
-        field = next(f for f in self.manifest.item_fields if f.name == name)
-        file = self.dataset / f"vocabularies/item-{name}.parquet"
-        values = to_polars(read_part(file, ["value"], field.size, AGAIN))["value"]
-        items = to_polars(read_side(self.dataset, self.manifest, "items", ["item", name])).rename({name: "value"})
-        items = items.explode("value") if field.type == "multi_categorical" else items
-        if not items["value"].is_between(0, field.size - 1).fill_null(True).all():
-            raise UserError(f"{self.dataset / 'items'}: a {name} is not in {file}; {AGAIN}")
-        known = items.filter(pl.col("value").fill_null(0) > 0)
-        return known.with_columns(values.gather(known["value"]).alias("value"))
-
-    def _scenarios(self) -> pl.Series:
-        file = self.dataset / SCENARIOS
-        return to_polars(read_part(file, ["value"], self.manifest.scenarios, AGAIN))["value"]
-
-    def _vocabulary(self, side: str, field: Field) -> pl.Series:
-        """What the indices of a categorical field stand for; UserError where one of them is not in the file."""
-        file = self.dataset / f"vocabularies/{side}-{field.name}.parquet"
-        values = to_polars(read_part(file, ["value"], field.size, AGAIN))["value"]
-        index = to_polars(read_side(self.dataset, self.manifest, f"{side}s", [field.name]))[field.name]
-        if not index.is_between(0, field.size - 1).all():
-            raise UserError(f"{self.dataset / f'{side}s'}: a {field.name} is not in {file}; {AGAIN}")
-        return values
-
-    def _items(self) -> pl.DataFrame:
-        """Items with their year as a number, where the dataset has one."""
-        field = next((f for f in self.manifest.item_fields if f.name == "year"), None)
-        if field is None or field.type == "multi_categorical":
-            return to_polars(read_side(self.dataset, self.manifest, "items", ["item"]))
-        items = to_polars(read_side(self.dataset, self.manifest, "items", ["item", "year"]))
-        if field.type == "categorical":
-            values = self._vocabulary("item", field)
-            items = items.with_columns(year=values.cast(pl.Float64, strict=False)[items["year"]])
-        return items
-
-    def _interactions(self) -> Iterator[pl.DataFrame]:
-        """The parts of interactions/, checked: known users and items, sorted by user, no user cut in two."""
-        last = -1
-        own = ["scenario"] if self.manifest.scenarios else []
-        for file in self.manifest.files.get("interactions", []):
-            where = self.dataset / file["path"]
-            chunk = to_polars(read_part(where, ["user", "item", "label", "time", *own], file["rows"], AGAIN))
-            if not len(chunk):
-                continue
-            user, item = chunk["user"].to_numpy(), chunk["item"].to_numpy()
-            checks = {
-                "unknown user": (user < 0) | (user >= self.manifest.users),
-                "unknown item": (item < 0) | (item >= self.manifest.items),
-                "user out of order": np.r_[user[0] <= last, user[1:] < user[:-1]],
-                **{f"unknown {c}": ~chunk[c].is_between(0, self.manifest.scenarios - 1).to_numpy() for c in own},
-            }
-            for what, bad in checks.items():
-                if bad.any():
-                    raise UserError(f"{where}, row {int(bad.argmax()) + 1}: {what}; {AGAIN}")
-            last = int(user[-1])
-            yield chunk
 
     def _store(self, rows: pl.DataFrame, users: pa.Table, parts: "_Parts", digest: Any, cohorts: Cohorts) -> None:
         """Write a chunk's tasks to their parts, count them and hash them. `rows` is sorted by task."""

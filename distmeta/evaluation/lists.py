@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from distmeta.data.loader import Loader
-from distmeta.data.protocols import DRAWN
+from distmeta.data.scenarios import training_pairs
 from distmeta.data.schema import Dataset
-from distmeta.data.tables import to_polars
 from distmeta.data.tasktable import TaskTable
 from distmeta.evaluation.measured import ErrorHistogram, Measured
 from distmeta.evaluation.metrics import RECALL_CUTOFFS, recall
@@ -101,15 +100,7 @@ def support_popularity(batch: TaskBatch) -> list[Tensor]:
 
 def train_popularity(table: TaskTable, dataset: Dataset, exchange: Exchange) -> Score:
     """How many users took the item in any training scenario: overlapping scenarios count a user once."""
-    mine = [v for v in range(table.shards) if v % exchange.world == exchange.rank]
-    pairs = np.zeros(0, np.int64)
-    for shard in mine:
-        for part in table.read("train", [shard], ["user", "item", "role"]):
-            rows = to_polars(part).explode("user", "item", "role").filter(pl.col("role") == DRAWN)
-            key = rows["user"].to_numpy().astype(np.int64) * dataset.items + rows["item"].to_numpy()
-            pairs = np.union1d(pairs, key)
-    everyone = [np.frombuffer(data, np.int64) for data in exchange.gather(pairs.tobytes())]
-    item = np.unique(np.concatenate(everyone)) % dataset.items
+    _, item = training_pairs(table, dataset, exchange)
     counts = torch.from_numpy(np.bincount(item, minlength=dataset.items))
 
     def score(batch: TaskBatch) -> list[Tensor]:

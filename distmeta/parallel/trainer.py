@@ -23,6 +23,7 @@ from distmeta.data.loader import Loader, read_items
 from distmeta.data.schema import Dataset, Label
 from distmeta.data.tasktable import TaskTable
 from distmeta.errors import Diverged, RunError, UserError
+from distmeta.evaluation import lists
 from distmeta.exchange import Exchange
 from distmeta.methods.base import Method, fit_closed_form
 from distmeta.parallel import checkpoint as checkpoints
@@ -92,7 +93,8 @@ def train(
         shared["memory"] = o.memory_mb << 20
         drawn = dataclasses.replace(table, query_rows=o.query_rows or table.query_rows)
         tasks = Loader(drawn, dataset, "train", o.batch_size, redraw=o.redraw_query, **shared)
-        valid = Loader(table, dataset, "valid", o.batch_size, redraw=False, **shared)
+        at_once = lists.BATCH if table.scenarios else o.batch_size
+        valid = Loader(table, dataset, "valid", at_once, redraw=False, **shared)
         for loader in (tasks, valid):
             if loader.note and exchange.rank == 0:
                 log(loader.note)

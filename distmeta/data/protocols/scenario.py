@@ -24,8 +24,13 @@ s²Meta's code the support users are taken whole until the support is full, so t
 rows are drawn as in training. Where there are no more candidates than N, Recall@N is 1 for everybody: the notes count
 these scenarios.
 
+With scenario_apart the users whose lists are ranked, a fifth of all by hash, are in no training scenario and in no
+support: else scenarios that share items show a method in training what test lists ask.
+
 Cohorts are the kinds of scenarios, where there are several: the fields they are made from, or of own scenarios what
-their names begin with (`KIND: name`). Stored rows: DRAWN (training), SUPPORT and QUERY (the positives of query users), and OFFERED: candidates that no other
+their names begin with (`KIND: name`).
+
+Stored rows: DRAWN (training), SUPPORT and QUERY (the positives of query users), and OFFERED: candidates that no other
 row of the task has. Rows but support ones stand by (user, item), on which the loader relies.
 """
 
@@ -62,6 +67,8 @@ OWN, DECADE = "own", "decade"
 KIND = ": "
 """Ends the kind in a scenario's name: the fields it was made from, or the dataset that a log of several has it from."""
 TRAIN_SHARE = 232 / 306
+APART = 0.2
+"""Share of the users that scenario_apart keeps out of training."""
 CHUNK_ROWS = 1 << 24
 """Positives that are in memory together while tasks are made, one scenario's at least."""
 REASONS = ("scenarios with too few items", "scenarios with too many items", "scenarios with too few positives")
@@ -77,6 +84,8 @@ class Scenarios:
 
     members: pl.DataFrame | None
     """scenario, item: which items each has; None: the interactions say which scenario they are of."""
+    names: pl.Series
+    """[scenarios]."""
     cohort: pl.Series
     """[scenarios]: their kinds, where there are several."""
     positives: NDArray[np.int64]
@@ -119,9 +128,8 @@ def plan(source: Source, split_seed: int, options: Mapping[str, Any]) -> Plan:
     }
     notes |= _told(counts, items, group, names)
     dropped = {why: int((group == _DROPPED + code).sum()) for code, why in enumerate(REASONS)}
-    return Plan(
-        split_seed, options, group, notes=notes, dropped=dropped, more=Scenarios(members, cohort, positives, positive)
-    )
+    more = Scenarios(members, names, cohort, positives, positive)
+    return Plan(split_seed, options, group, notes=notes, dropped=dropped, more=more)
 
 
 _POSITIVE = {"click": "clicks", "rating": "ratings of {:g} or more"}
@@ -247,15 +255,15 @@ def chunks(source: Source, plan: Plan) -> Iterator[pl.DataFrame]:
 
 def tasks(interactions: pl.DataFrame, plan: Plan) -> tuple[pl.DataFrame, dict[str, int]]:
     """Tasks of the scenarios whose positives these are; `protocols.base.Protocol.tasks`."""
-    rows = interactions.with_columns(
-        items=pl.col("item").n_unique().over("scenario"), taken=pl.len().over("scenario", "user")
-    )
-    sated = pl.col("taken") >= pl.col("items")
-    dropped = {"users who took every item of a scenario": rows.filter(sated).select("scenario", "user").n_unique()}
-    rows = rows.filter(~sated).with_columns(pl.len().over("scenario").alias("positives"))
+    if plan.options["scenario_apart"]:
+        trained = plan.group[interactions["scenario"].to_numpy()] == TRAIN
+        interactions = interactions.filter(pl.Series(~(trained & _apart(interactions, plan))))
+    rows, sated = _unsated(interactions)
+    dropped = {"users who took every item of a scenario": sated}
+    rows = rows.with_columns(pl.len().over("scenario").alias("positives"))
     needed = plan.options["scenario_support"] + plan.options["scenario_query"]
     enough = (pl.col("positives") >= needed) & (pl.col("user").n_unique().over("scenario") > 1)
-    kept = rows.filter(enough).drop("items", "taken", "positives")
+    kept = rows.filter(enough).drop("positives")
     kept = kept.with_columns(cohort=plan.more.cohort.gather(kept["scenario"]))
     dropped[REASONS[2]] = rows["scenario"].n_unique() - kept["scenario"].n_unique()
     code = pl.Series(plan.group[kept["scenario"].to_numpy()])
@@ -263,6 +271,21 @@ def tasks(interactions: pl.DataFrame, plan: Plan) -> tuple[pl.DataFrame, dict[st
     for name, wanted in (("valid", VALID), ("test", NEW)):
         parts.append(_fixed(kept.filter(code == wanted), name, plan))
     return pl.concat(parts), dropped
+
+
+def _unsated(rows: pl.DataFrame) -> tuple[pl.DataFrame, int]:
+    """Rows without the users who took every item of a scenario, and how many such users went.
+
+    With a user may go an item, and then another has taken all that is left: until there is none.
+    """
+    went = 0
+    while True:
+        items, taken = pl.col("item").n_unique().over("scenario"), pl.len().over("scenario", "user")
+        sated = rows.select(taken >= items).to_series()
+        if not sated.any():
+            return rows, went
+        went += rows.filter(sated).select("scenario", "user").n_unique()
+        rows = rows.filter(~sated)
 
 
 def _frame(rows: pl.DataFrame, split: str, role: pl.Expr, label: float = 1.0) -> pl.DataFrame:
@@ -284,7 +307,9 @@ def _fixed(rows: pl.DataFrame, split: str, plan: Plan) -> pl.DataFrame:
     keys = draws.hashed(plan.split_seed, of, users["user"].to_numpy(), purpose="cmml-scenario/users")
     place, many = rank(of, keys), runs(of)[1]
     listed = plan.options["scenario_users"] or len(users)
-    supporting, asked = place < many // 2, (place >= many // 2) & (place < many // 2 + listed)
+    supporting = ~_apart(users, plan) if plan.options["scenario_apart"] else place < many // 2
+    asked = np.zeros(len(users), bool)
+    asked[~supporting] = rank(of[~supporting], keys[~supporting]) < listed
     _, count = _groups(scenario, user)
     supporting, asked = np.repeat(supporting, count), np.repeat(asked, count)
     keys = draws.hashed(plan.split_seed, scenario, user, item, purpose="cmml-scenario/support")
@@ -298,6 +323,11 @@ def _fixed(rows: pl.DataFrame, split: str, plan: Plan) -> pl.DataFrame:
     offered = rows.select("scenario", "item", "cohort").unique().sort("scenario", "item")
     offered = _frame(offered.with_columns(user=_NOBODY, time=0), split, pl.lit(OFFERED), 0.0)
     return pl.concat([support, query, offered.join(there, on=["task", "item"], how="anti", maintain_order="left")])
+
+
+def _apart(rows: pl.DataFrame, plan: Plan) -> NDArray[np.bool_]:
+    """Rows of users who are kept out of training: mask."""
+    return draws.uniform(plan.split_seed, rows["user"].to_numpy(), purpose="cmml-scenario/apart") < APART
 
 
 def _groups(scenario: NDArray[Any], user: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -337,6 +367,8 @@ def sizes(options: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
+CHOICE = ("scenarios", "positive_from", "scenario_least", "scenario_most", "scenario_support", "scenario_query")
+"""Options that choose scenarios and positives (of which a scenario has support and query at least)."""
 CMML_SCENARIO = Protocol(
     "cmml-scenario",
     1,
@@ -348,6 +380,7 @@ CMML_SCENARIO = Protocol(
         "scenario_support": 64,
         "scenario_query": 128,
         "scenario_users": 500,
+        "scenario_apart": False,
         "scenario_draws": 32,
     },
     128,

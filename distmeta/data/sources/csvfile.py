@@ -12,7 +12,7 @@ from distmeta.storage import Location
 def read_csv(file: Location, columns: Sequence[str], *, get: str, maybe: Sequence[str] = ()) -> pl.DataFrame:
     """The named columns as strings, row i being line i + 2; those of `maybe` where the file has them.
 
-    Values have no line ends within. Rows of another number of columns than the header are refused.
+    Values have no line ends within. What a line has not is empty; one with more than the header is refused.
 
     Args:
         get: where the file comes from, for the sentence that says it is missing or damaged.
@@ -37,10 +37,10 @@ def read_csv(file: Location, columns: Sequence[str], *, get: str, maybe: Sequenc
     if lacking:
         raise UserError(f"{file}, line 1: no column {lacking[0]!r} in the header ({','.join(header)}); {get}")
     try:
-        table = pl.read_csv(raw, infer_schema=False, missing_utf8_is_empty_string=True)
+        table = pl.read_csv(raw, infer_schema=False)
     except pl.exceptions.PolarsError as e:
         raise UserError(f"{file}: not readable as CSV ({str(e).splitlines()[0]}); {get}") from None
-    return table.select([*columns, *(c for c in maybe if c in header)])
+    return table.select([*columns, *(c for c in maybe if c in header)]).fill_null("")
 
 
 def lines(table: pl.DataFrame) -> pl.Series:

@@ -185,7 +185,9 @@ class Encoded:
             UserError: tasks are scenarios.
         """
         if self._people is not None:
-            raise UserError("the tasks are scenarios, which have no user of their own as this method needs; try melu")
+            raise UserError(
+                "the tasks are scenarios, which have no user of their own, as this method needs; try cmml-film"
+            )
         return self._user_place(block).base().rows().squeeze(1)
 
     def history(self, block: TaskBlock) -> Tensor:

@@ -1,10 +1,12 @@
 """CMML against the paper's equations (cmml_oracle.py): losses, gradients, what the encoders see, and its options."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
 import oracle
 import pytest
+import scenarioworld as world
 import torch
 from cmml_oracle import RAGGED, SIZES, VARIANTS, act, cmml, features, pairwise_hinge, predictions, reference, scenarios
 from torch import Tensor
@@ -253,6 +255,18 @@ def test_scenarios_equal_the_equations(name, changes):
     torch.testing.assert_close(score[1], torch.sigmoid(predictions(m, batch, block, 1)).detach())
 
 
+def test_scenarios_are_learned_by_command(tmp_path, capsys):
+    world.make(tmp_path / "data", themes=False)
+    flags = [x for k, v in world.SMALL.items() for x in (f"--{k.replace('_', '-')}", str(v))]
+    flags += ["--embedding", "8", "--hidden", "16", "16", "--hyper", "16", "--batch-size", "8", "--lr", "0.01"]
+    words = ["train", "cmml-film", "--data", str(tmp_path / "data"), "--protocol", "cmml-scenario", *flags]
+    assert cli.main([*words, "--epochs", "6", "--item-ids", "--run", str(tmp_path / "run")]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["train_loss"] < 0.98 * lines[0]["train_loss"]
+    assert lines[0]["train_loss"] < 1.2, "a hinge of equal scores is 1"
+    assert "Recall@10 minus that of" in capsys.readouterr().out
+
+
 def test_user_ids_are_for_scenarios():
     with pytest.raises(UserError, match="--user-ids: the tasks are users"):
         cmml("cmml-film", user_ids=True).adapt(oracle.batch(*RAGGED))
@@ -260,7 +274,7 @@ def test_user_ids_are_for_scenarios():
 
 def test_a_method_that_needs_the_task_s_user_says_so_of_scenarios():
     m: Any = oracle.build(method_class("paml"), options.PAML(embedding=3))  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="the tasks are scenarios, which have no user of their own"):
+    with pytest.raises(UserError, match="the tasks are scenarios, without a user of their own"):
         m.adapt(scenarios(oracle.batch(*RAGGED)))
 
 

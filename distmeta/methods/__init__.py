@@ -23,6 +23,8 @@ class Entry:
     """Defaults of the `train` section that suit this method better than the general ones."""
     clicks_only: bool = False
     """It refuses ratings."""
+    scenarios: bool = False
+    """It learns tasks that are scenarios too."""
 
 
 GRADIENT = {"lr": 2e-3, "batch_size": 32}
@@ -39,10 +41,10 @@ METHODS: dict[str, Entry] = {
     "reg-paml": Entry("regpaml", "RegPAML", options.RegPAML, GRADIENT),
     "at-paml": Entry("atpaml", "ATPAML", options.ATPAML, GRADIENT),
     "mamo": Entry("mamo", "MAMO", options.MAMO, GRADIENT | {"lr": 1e-3}),
-    "cmml-linear": Entry("cmml", "CMMLLinear", options.CMML, CONTEXT),
-    "cmml-sigmoid": Entry("cmml", "CMMLSigmoid", options.CMML, CONTEXT),
-    "cmml-film": Entry("cmml", "CMMLFilm", options.CMMLFilm, CONTEXT),
-    "cmml-softm": Entry("cmml", "CMMLSoftM", options.CMMLSoftM, CONTEXT),
+    "cmml-linear": Entry("cmml", "CMMLLinear", options.CMML, CONTEXT, scenarios=True),
+    "cmml-sigmoid": Entry("cmml", "CMMLSigmoid", options.CMML, CONTEXT, scenarios=True),
+    "cmml-film": Entry("cmml", "CMMLFilm", options.CMMLFilm, CONTEXT, scenarios=True),
+    "cmml-softm": Entry("cmml", "CMMLSoftM", options.CMMLSoftM, CONTEXT, scenarios=True),
     "transfer": Entry("transfer", "Transfer", options.Transfer, GRADIENT),
     "constant": Entry("constant", "Constant", options.Constant),
     "itemmean": Entry("itemmean", "ItemMean", options.ItemMean),

@@ -274,7 +274,7 @@ def test_user_ids_are_for_scenarios():
 
 def test_a_method_that_needs_the_task_s_user_says_so_of_scenarios():
     m: Any = oracle.build(method_class("paml"), options.PAML(embedding=3))  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="the tasks are scenarios, without a user of their own"):
+    with pytest.raises(UserError, match="the tasks are scenarios, which have no user of their own"):
         m.adapt(scenarios(oracle.batch(*RAGGED)))
 
 

@@ -8,8 +8,8 @@ and an item's once a batch wherever a layer is linear in them.
 
 The loss is the query's: squared error of ratings (Eq. 5); of clicks the cross-entropy, as for the other methods, or
 with --query-loss hinge that of Eq. 4, which is what scenarios of positives and sampled negatives are learned by in any
-case but --query-loss cross-entropy. A task without support has a context that is learned, from those
-whose support --hidden-support hides.
+case but --query-loss cross-entropy. A task without support has a context that is learned, from those whose support
+--hidden-support hides.
 """
 
 from dataclasses import replace
@@ -60,7 +60,7 @@ class CMML(Method):
         d = self.embedding.user_width + self.embedding.item_width
         self.label = Label(dataset.label, o.labels)
         self.encoder = encoder(o.encoder, d + self.label.width, o.units, o.encoder_hidden, d)
-        self.nothing = nn.Parameter(torch.zeros(d))
+        self.nothing = nn.Parameter(0.1 * torch.randn(d))
         """The context of a task without support."""
         self.hybrid = Hybrid(o.hybrid, d)
         self.backbone = self.modulated(d, o, self.head.start)

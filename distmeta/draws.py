@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_TURNS = 8
+_TURNS, _LEAST = 4, 256
 
 
 def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -40,23 +40,25 @@ def permuted(position: ArrayLike, size: ArrayLike, *counters: ArrayLike, purpose
     """Where a permutation of 0 … size − 1, one for each value of the counters, takes `position`; int64.
 
     The first k positions are so a draw of k of `size` without replacement, at a cost that knows k only. A Feistel
-    network on the next even number of bits, walked along its cycle until it is below `size` (Black & Rogaway 2002).
+    network on numbers of two digits, in bases whose product is hardly more than `size`, walked along its cycle until
+    it is below `size` (Black & Rogaway, CT-RSA 2002).
     """
     key = hashed(*counters, purpose=purpose)
-    at, size, key = (a.copy() for a in np.broadcast_arrays(np.asarray(position, np.uint64), size, key))
-    size = size.astype(np.uint64)
-    half = (np.ceil(np.log2(np.maximum(size, 256).astype(np.float64))).astype(np.uint64) + np.uint64(1)) // np.uint64(2)
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    flat = [a.reshape(-1) for a in (at, size, key, half, mask)]
-    open_rows = np.arange(flat[0].size)
-    while len(open_rows):
-        x, n, k, h, m = (a[open_rows] for a in flat)
-        left, right = x >> h, x & m
-        for turn in range(_TURNS):
-            left, right = right, left ^ (hashed(k, right, turn, purpose="feistel") & m)
-        x = (left << h) | right
-        flat[0][open_rows] = x
-        open_rows = open_rows[x >= n]
+    at, n, key = (np.array(a) for a in np.broadcast_arrays(np.asarray(position, np.uint64), size, key))
+    n = n.astype(np.uint64)
+    room = np.maximum(n, _LEAST).astype(np.float64)
+    low = np.ceil(np.sqrt(room)).astype(np.uint64)
+    flat = [a.reshape(-1) for a in (at, n, low, np.ceil(room / low).astype(np.uint64))]
+    keys = np.stack([hashed(key.reshape(-1), turn, purpose="feistel") for turn in range(_TURNS)])
+    rows = np.arange(at.size)
+    while len(rows):
+        x, top, low, high = (a[rows] for a in flat)
+        left, right = x // low, x % low
+        for k in keys[:, rows]:
+            left = (left + mix(k ^ mix(right)) % high) % high
+            right = (right + mix(k ^ mix(~left)) % low) % low
+        flat[0][rows] = x = left * low + right
+        rows = rows[x >= top]
     return flat[0].reshape(at.shape).astype(np.int64)
 
 

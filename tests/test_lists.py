@@ -25,7 +25,7 @@ from distmeta.exchange import Exchange
 from distmeta.methods.base import Method
 from distmeta.parallel.validation import validate
 from distmeta.storage import Location
-from distmeta.tasks import TaskBatch
+from distmeta.tasks import Rows, TaskBatch, TaskBlock
 
 CUTOFFS = (10, 20, 50, 100)
 
@@ -142,6 +142,17 @@ def test_padded_blocks_of_several_tasks_are_cut_right(table: TaskTable, dataset:
     one = dataclasses.replace(batch.blocks[0], task=torch.cat([b.task for b in batch]), query=query, support=support)
     together = dataclasses.replace(batch, blocks=(one,))
     assert lists.frame(lambda b: score.predict([], b), [together]).equals(apart)
+
+
+def test_a_list_ends_with_its_user_and_its_task() -> None:
+    """The same user last in one task and first in the next: two lists."""
+    t, f = torch.tensor([[0, 0, 1], [1, 2, 0]]), torch.tensor([[0.5, -1.0, 2.0], [3.0, 4.0, 0.0]])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    block = TaskBlock(torch.tensor([8, 16]), {}, Rows(t, f, mask, t), Rows(t, f, mask, t))
+    task, user, score, label, real = lists.cut(block, f)
+    assert list(zip(task.tolist(), user.tolist(), strict=True)) == [(8, 0), (8, 1), (16, 1), (16, 2)]
+    assert [s[m].tolist() for s, m in zip(score, real, strict=True)] == [[0.5, -1.0], [2.0], [3.0], [4.0]]
+    assert torch.equal(score, label.double())
 
 
 def test_floors_count_what_the_support_and_the_training_scenarios_took(

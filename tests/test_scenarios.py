@@ -21,6 +21,7 @@ from distmeta.data.protocols import DRAWN, OFFERED, QUERY, SUPPORT
 from distmeta.data.protocols import scenario as protocol
 from distmeta.data.scenarios import training_pairs
 from distmeta.data.schema import Dataset, Label
+from distmeta.data.taskmaker import _hashable
 from distmeta.data.tasktable import TaskTable
 from distmeta.data.write import write_dataset
 from distmeta.errors import UserError
@@ -126,6 +127,14 @@ def test_split_is_the_seeds_and_not_the_chunks(
     assert tasktable.make(data, "cmml-scenario", 1, world.SMALL).split_hash != table.split_hash
     fewer = tasktable.make(data, "cmml-scenario", 0, {**world.SMALL, "scenario_support": 5})
     assert fewer.split_hash != table.split_hash
+
+
+def test_the_split_hash_covers_users() -> None:
+    columns = {"task": [8, 8], "item": [1, 1], "split": ["train"] * 2, "role": [2, 2], "user": [1, 2]}
+    rows = pl.DataFrame(columns, schema_overrides={"split": pl.Enum(["train"])})
+    other, place = rows.with_columns(pl.col("user").reverse()), np.arange(2)
+    assert _hashable(rows, place, True) != _hashable(other, place, True)
+    assert _hashable(rows, place, False) == _hashable(other, place, False)
 
 
 def test_episodes_are_drawn_anew_and_right(table: TaskTable, dataset: Dataset) -> None:

@@ -50,8 +50,8 @@ class DataOptions:
     )
     protocol: str = option(
         "cmml-user",
-        "How users become tasks: cmml-user, melu, mamo, paml or hml.",
-        ("cmml-user", "melu", "mamo", "paml", "hml"),
+        "What becomes a task: users (cmml-user, melu, mamo, paml, hml) or scenarios (cmml-scenario).",
+        ("cmml-user", "cmml-scenario", "melu", "mamo", "paml", "hml"),
     )
     split_seed: int = option(0, "Seed of the protocol's split; independent of --seed.", least=0)
     max_ratings: int = option(
@@ -82,6 +82,25 @@ class DataOptions:
     major_over: int = option(
         2, "paml: major users have more than N fields with a value among its 30 % most frequent.", least=0
     )
+    scenarios: str = option(
+        "",
+        "cmml-scenario: what makes the scenarios: own, or item fields like genres+decade,genres+genres (decade: of the"
+        " year). Default: own where there are any, else tags, else genres, genres+decade and genres+genres.",
+    )
+    positive_from: float = option(
+        4.0, "cmml-scenario: ratings of at least this are positives (CMML takes all: 0); of clicks those made."
+    )
+    scenario_least: int = option(100, "cmml-scenario: items that a scenario has at least.", least=2)
+    scenario_most: int = option(1000, "cmml-scenario: items that a scenario has at most.", least=2)
+    scenario_support: int = option(64, "cmml-scenario: positives of the support, each with a negative.", least=1)
+    scenario_query: int = option(128, "cmml-scenario: positives of a training query, each with a negative.", least=1)
+    scenario_users: int = option(
+        500, "cmml-scenario: users of a validation or test scenario whose lists are ranked; 0: all.", least=0
+    )
+    scenario_apart: bool = option(
+        False, "cmml-scenario: keep the users whose lists are ranked, a fifth of all, out of all training scenarios."
+    )
+    scenario_draws: int = option(32, "cmml-scenario: episodes that an epoch draws of each scenario.", least=1)
 
 
 @dataclass(frozen=True)

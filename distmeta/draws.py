@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_TURNS, _LEAST = 4, 256
 
 
 def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -33,6 +34,32 @@ def hashed(*counters: ArrayLike, purpose: str) -> NDArray[np.uint64]:
             c = c.astype(np.int64).view(np.uint64) if c.dtype != np.uint64 else c
             h = mix(np.asarray((h ^ c) + _GOLDEN))
         return np.asarray(h)
+
+
+def permuted(position: ArrayLike, size: ArrayLike, *counters: ArrayLike, purpose: str) -> NDArray[np.int64]:
+    """Where a permutation of 0 … size − 1, one for each value of the counters, takes `position`; int64.
+
+    The first k positions are so a draw of k of `size` without replacement, at a cost that knows k only. A Feistel
+    network on numbers of two digits, in bases whose product is hardly more than `size`, walked along its cycle until
+    it is below `size` (Black & Rogaway, CT-RSA 2002).
+    """
+    key = hashed(*counters, purpose=purpose)
+    at, n, key = (np.array(a) for a in np.broadcast_arrays(np.asarray(position, np.uint64), size, key))
+    n = n.astype(np.uint64)
+    room = np.maximum(n, _LEAST).astype(np.float64)
+    low = np.ceil(np.sqrt(room)).astype(np.uint64)
+    flat = [a.reshape(-1) for a in (at, n, low, np.ceil(room / low).astype(np.uint64))]
+    keys = np.stack([hashed(key.reshape(-1), turn, purpose="feistel") for turn in range(_TURNS)])
+    rows = np.arange(at.size)
+    while len(rows):
+        x, top, low, high = (a[rows] for a in flat)
+        left, right = x // low, x % low
+        for k in keys[:, rows]:
+            left = (left + mix(k ^ mix(right)) % high) % high
+            right = (right + mix(k ^ mix(~left)) % low) % low
+        flat[0][rows] = x = left * low + right
+        rows = rows[x >= top]
+    return flat[0].reshape(at.shape).astype(np.int64)
 
 
 def uniform(*counters: ArrayLike, purpose: str) -> NDArray[np.float64]:

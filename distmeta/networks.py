@@ -3,6 +3,7 @@
 Shape letters: b tasks, R rows, U unique items of a batch, M values of a field, F fields, e embedding width.
 """
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
@@ -18,7 +19,9 @@ from distmeta.errors import UserError
 from distmeta.tasks import Bag, Rows, TaskBatch, TaskBlock
 
 ITEM_ID = "item id"
-"""Name of the item's own index as a feature; no field of a dataset may be called so (it holds a space)."""
+USER_ID = "user id"
+"""Names of the item's and of the user's own index as a feature; no field of a dataset may be called so (they hold a
+space)."""
 
 
 def content_fields(dataset: Dataset) -> tuple[list[Field], list[Field]]:
@@ -48,8 +51,8 @@ class UserPlace:
         return self._bags[name]
 
 
-class ItemPlace:
-    """Tables looked up at the items of a block's support or query rows."""
+class RowPlace:
+    """Tables looked up at the items of a block's support or query rows, or at the rows' users in scenarios."""
 
     def __init__(self, unique: Unique, bags: Mapping[str, Bag], index: Tensor) -> None:
         self._part = Gathered(unique, index)
@@ -73,19 +76,30 @@ class Embedding(nn.Module):
         items: Bags of all items by field name.
         width: e.
         item_ids: whether the item's own index is a feature too; the papers leave it out, practice does not.
+        user_ids: whether the user's is, where tasks are scenarios; where they are users, new ones have none.
+        scale: standard deviation that the tables start with.
     """
 
-    def __init__(self, dataset: Dataset, items: Mapping[str, Bag], width: int, item_ids: bool) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        items: Mapping[str, Bag],
+        width: int,
+        item_ids: bool,
+        user_ids: bool = False,
+        scale: float = 0.1,
+    ) -> None:
         super().__init__()
         user_fields, item_fields = content_fields(dataset)
         if not user_fields and not item_fields and not item_ids:
             raise UserError(f"{dataset.name}: has no user or item fields to learn from; add --item-ids")
         # ModuleDict forbids dots in names, which a user's own table may have: the tables go by position there
-        self.user_names = [f.name for f in user_fields]
+        self.user_names = [f.name for f in user_fields] + ([USER_ID] if user_ids else [])
         self.item_names = [f.name for f in item_fields] + ([ITEM_ID] if item_ids else [])
-        self.user_tables = nn.ModuleList(Table(f.size, width) for f in user_fields)
+        sizes = [f.size for f in user_fields] + ([dataset.users] if user_ids else [])
+        self.user_tables = nn.ModuleList(Table(n, width, scale) for n in sizes)
         sizes = [f.size for f in item_fields] + ([dataset.items] if item_ids else [])
-        self.item_tables = nn.ModuleList(Table(n, width) for n in sizes)
+        self.item_tables = nn.ModuleList(Table(n, width, scale) for n in sizes)
         self.user_width = width * len(self.user_tables)
         self.item_width = width * len(self.item_tables)
         # buffers, so that the items' fields follow the module's device and precision; a checkpoint leaves them out
@@ -110,13 +124,24 @@ class Embedding(nn.Module):
         return bags
 
     def encode(self, batch: TaskBatch) -> "Encoded":
-        """Embed what the batch touches: each unique item once, each user once."""
+        """Embed what the batch touches: each unique item once, each user once.
+
+        Raises:
+            UserError: user ids are a feature and the tasks are users.
+        """
         bags = self.item_bags(batch.items)
-        return Encoded(self, Unique(self._lookup(self.items(), bags, len(batch.items))), bags)
+        items = Unique(self._lookup(self.items(), bags, batch.items.shape[0]))
+        if batch.users is None:
+            if USER_ID in self.user_names:
+                raise UserError("--user-ids: the tasks are users, of whom new ones have no learned id; leave it out")
+            return Encoded(self, items, bags)
+        user_bags = {**batch.user_fields, USER_ID: Bag(batch.users.unsqueeze(1), None)}
+        users = Unique(self._lookup(self.users(), user_bags, batch.users.shape[0]))
+        return Encoded(self, items, bags, users, user_bags)
 
     def user_place(self, block: TaskBlock) -> UserPlace:
         bags = {name: block.user[name] for name in self.user_names}
-        return UserPlace(self._lookup(self.users(), bags, len(block.task)), bags)
+        return UserPlace(self._lookup(self.users(), bags, block.task.shape[0]), bags)
 
     def _lookup(self, tables: Mapping[str, Table], bags: Mapping[str, Bag], rows: int) -> Tensor:
         if not tables:
@@ -127,22 +152,42 @@ class Embedding(nn.Module):
 class Encoded:
     """Embeddings of one batch, and the places of its blocks."""
 
-    def __init__(self, embedding: Embedding, unique: Unique, bags: dict[str, Bag]) -> None:
+    def __init__(
+        self,
+        embedding: Embedding,
+        unique: Unique,
+        bags: dict[str, Bag],
+        people: Unique | None = None,
+        people_bags: dict[str, Bag] | None = None,
+    ) -> None:
+        """`people`, `people_bags`: the users of the rows, where tasks are scenarios."""
         self._embedding = embedding
         self._unique = unique
         self._detached = unique.detach()
         self._bags = bags
+        self._people, self._people_bags = people, people_bags or {}
+        self._people_detached = people.detach() if people else None
         self._users: dict[int, tuple[TaskBlock, UserPlace]] = {}
 
-    def place(self, block: TaskBlock, rows: Rows, detach: bool = False) -> tuple[UserPlace, ItemPlace]:
-        """Users of the block and items of some of its rows; without graph where `detach` (first order)."""
-        if not detach:
-            return self._user_place(block), ItemPlace(self._unique, self._bags, rows.item)
-        with torch.no_grad():
-            return self._user_place(block), ItemPlace(self._detached, self._bags, rows.item)
+    def place(self, block: TaskBlock, rows: Rows, detach: bool = False) -> tuple[UserPlace | RowPlace, RowPlace]:
+        """Users and items of some of the block's rows; without graph where `detach` (first order)."""
+        items = RowPlace(self._detached if detach else self._unique, self._bags, rows.item)
+        people = self._people_detached if detach else self._people
+        if people is not None and rows.user is not None:
+            return RowPlace(people, self._people_bags, rows.user), items
+        with torch.no_grad() if detach else contextlib.nullcontext():
+            return self._user_place(block), items
 
     def users(self, block: TaskBlock) -> Tensor:
-        """Embedded fields of the block's users side by side: [b, F · e]; without fields [b, 0]."""
+        """Embedded fields of the block's users side by side: [b, F · e]; without fields [b, 0].
+
+        Raises:
+            UserError: tasks are scenarios.
+        """
+        if self._people is not None:
+            raise UserError(
+                "the tasks are scenarios, which have no user of their own, as this method needs; try cmml-film"
+            )
         return self._user_place(block).base().rows().squeeze(1)
 
     def history(self, block: TaskBlock) -> Tensor:

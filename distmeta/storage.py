@@ -46,6 +46,11 @@ class Location:
         return self.path if self.is_local else f"{self.fs.type_name}://{self.path}"
 
     @property
+    def parent(self) -> "Location":
+        """The folder that this lies in."""
+        return Location(self.fs, str(PurePosixPath(self.path).parent))
+
+    @property
     def name(self) -> str:
         return PurePosixPath(self.path).name
 

@@ -1,12 +1,12 @@
 """TaskBatch: the one value that flows through everything.
 
 Shape letters used throughout distmeta:
-  B tasks, b tasks of one block, R rows of a side (S support, Q query), U unique items of the batch,
+  B tasks, b tasks of one block, R rows of a side (S support, Q query), U unique items and V users of the batch,
   M values of a field (1 for a categorical one), F fields, e embedding width, d inputs and h outputs of a layer.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 import torch
@@ -61,10 +61,13 @@ class Rows(_Movable):
     """float [b, R]; 0 on padding."""
     mask: Tensor
     """bool [b, R]: true on real rows."""
+    user: Tensor | None = None
+    """int64 [b, R]: position in TaskBatch.users where tasks are scenarios; 0 on padding."""
 
     def take(self, rows: Tensor) -> "Rows":
         """Those of the tasks at `rows` (int64 [k]), in that order."""
-        return Rows(self.item[rows], self.label[rows], self.mask[rows])
+        user = None if self.user is None else self.user[rows]
+        return Rows(self.item[rows], self.label[rows], self.mask[rows], user)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class TaskBlock(_Movable):
     task: Tensor
     """int64 [b]: task ids."""
     user: dict[str, Bag]
-    """The user's fields: Bags of b users."""
+    """The user's fields: Bags of b users. Of scenarios none: each row has its user (TaskBatch.user_fields)."""
     support: Rows
     query: Rows
 
@@ -87,7 +90,7 @@ class TaskBlock(_Movable):
         """Support and query rows side by side, [b, S + Q]: padding stands after each."""
         s, q = self.support, self.query
         sides = ((getattr(s, f.name), getattr(q, f.name)) for f in fields(Rows))
-        return Rows(*(torch.cat(pair, 1) for pair in sides))
+        return Rows(*(None if pair[0] is None else torch.cat(pair, 1) for pair in sides))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,14 @@ class TaskBatch(_Movable):
     blocks: tuple[TaskBlock, ...]
     seed: int = 0
     epoch: int = 0
+    users: Tensor | None = None
+    """int64 [V]: user indices of the dataset, each once, where tasks are scenarios; every Rows.user points into this.
+
+    A training task's rows are then pairs: a positive (label 1) and after it an item of the scenario that the same
+    user has not taken (label 0). A query that is ranked is a row of lists: user by user, all items of the scenario.
+    """
+    user_fields: dict[str, Bag] = field(default_factory=dict)
+    """Their fields: Bags of V users."""
 
     def __len__(self) -> int:
         """Number of tasks, B."""

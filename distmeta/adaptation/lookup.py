@@ -20,7 +20,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
-        ctx.rows = len(x)
+        ctx.rows = x.shape[0]  # len() would fix the size in an exported graph
         return F.embedding(index, x)
 
     @staticmethod
@@ -36,6 +36,8 @@ class _Lookup(torch.autograd.Function):
         for table, bag in zip(tables, bags, strict=True):
             if bag.weight is None:
                 columns.append(F.embedding(bag.index[:, 0], table))
+            elif torch.compiler.is_compiling():  # embedding_bag's offsets would tie the sizes of an exported graph
+                columns.append((F.embedding(bag.index, table) * bag.weight.unsqueeze(-1)).sum(1))
             else:
                 columns.append(F.embedding_bag(bag.index, table, per_sample_weights=bag.weight, mode="sum"))
         ctx.bags, ctx.sizes = bags, [len(t) for t in tables]

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 MEASURED = "measured.arrow"
 """In a run's directory: what `Measured.from_ipc` reads."""
 
-_SHOWN = ("mae", "mse", "rmse", "ndcg@1", "ndcg@3", "ndcg@5", "auc", "nel", "recall@10", "recall@50")
+_TOLD = {"mae": "MAE", "recall@10": "Recall@10"}
+_SHOWN = ("mae", "mse", "rmse", "ndcg@1", "ndcg@3", "ndcg@5", "auc", "nel", "recall@10", "recall@20", "recall@50")
 """Metrics of the table on the terminal; evaluation.json has more."""
 
 
@@ -66,6 +67,7 @@ def main(argv: Sequence[str]) -> int:
         dataset = Dataset.open(place)
         options = protocols.protocol_options(config.data)
         table = tasktable.make(place, config.data.protocol, config.data.split_seed, options)
+        dataset = table.seen(dataset)
         process.prepare(config.train.threads)
         if len(runs) > 1:
             print(f"\n{run}")
@@ -157,7 +159,8 @@ def terminal_table(found: Mapping[str, Any]) -> str:
     names = [m for m in _SHOWN if everyone.get(m) is not None]
     methods = {found["method"]: found["cohorts"], **found["floors"]}
     cells = [[name, *(_number(c["all"].get(m)) for m in names)] for name, c in methods.items()]
-    lines = [f"{everyone['n_tasks']:,} unseen tasks", *_aligned([["", *names], *cells])]
+    ranked = f", {everyone['n_lists']:,} lists" if "n_lists" in everyone else ""
+    lines = [f"{everyone['n_tasks']:,} unseen tasks{ranked}", *_aligned([["", *names], *cells])]
     by_row = [c for c, summary in found["cohorts"].items() if "n_rows" in summary]
     for metric in ("mae", "ndcg@3") if by_row else ():
         cells = [[name, *(_number(c.get(cohort, {}).get(metric)) for cohort in by_row)] for name, c in methods.items()]
@@ -167,23 +170,30 @@ def terminal_table(found: Mapping[str, Any]) -> str:
         heads = [f"{pair}, MSE", *(f"{g} ({n:,})" for g, n in zip(pair.split("-"), mine["n"], strict=True)), "t", "p"]
         cells = [[name, *map(_number, (*test["mse"], test["t"], test["p"]))] for name, test in tests.items()]
         lines += ["", *_aligned([heads, *cells])]
-    against = list(found["paired"])
-    rows = [["MAE minus that of", *against]]
+    against, lead = list(found["paired"]), leading(found["cohorts"]["all"])
+    rows = [[f"{_TOLD[lead]} minus that of", *against]]
     for cohort in found["cohorts"]:
-        intervals = [found["paired"][floor].get(cohort, {}).get("mae") for floor in against]
+        intervals = [found["paired"][floor].get(cohort, {}).get(lead) for floor in against]
         rows.append([cohort, *map(_interval, intervals)])
     return "\n".join([*lines, "", *_aligned(rows)])
 
 
 def pooled_table(found: Sequence["Found"]) -> str:
-    """Paired differences in MAE of several runs' tasks together, by cohort, to each floor."""
+    """Paired differences in MAE (or Recall@10) of several runs' tasks together, by cohort, to each floor."""
     from distmeta.evaluation.evaluate import pooled
 
     floors = found[0][1]
-    rows = [["MAE minus that of", *floors]]
-    for cohort, differences in pooled(found).items():
-        rows.append([cohort, *(_interval(differences[floor]["mae"]) for floor in floors)])
+    together = pooled(found)
+    lead = "mae" if all("mae" in metrics for metrics in together["all"].values()) else "recall@10"
+    rows = [[f"{_TOLD[lead]} minus that of", *floors]]
+    for cohort, differences in together.items():
+        rows.append([cohort, *(_interval(differences[floor].get(lead)) for floor in floors)])
     return "\n".join(_aligned(rows))
+
+
+def leading(summary: Mapping[str, Any]) -> str:
+    """The metric that is told first: of scenarios Recall@10, else the MAE."""
+    return "mae" if "mae" in summary else "recall@10"
 
 
 def _number(value: float | None) -> str:

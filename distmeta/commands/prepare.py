@@ -22,9 +22,12 @@ or a dataset into tasks.
 sources:
   movielens-1m     ratings.dat users.dat movies.dat [movies_extrainfos.dat], as grouplens.org gives them
   movielens-100k   u.data u.user u.item, as grouplens.org gives them
+  movielens-20m    ratings.csv movies.csv tags.csv, as grouplens.org gives them
   bookcrossing     BX-Users.csv BX-Books.csv BX-Book-Ratings.csv, as the official dump has them
   taobao-userbehavior  UserBehavior.csv, as tianchi.aliyun.com gives it, or a Parquet table of the same
+  taobao-cloud-theme  theme_click_log.csv, as tianchi.aliyun.com gives it: clicks in themes
   table            your own Parquet or CSV files, described by a short YAML file
+  hybrid           the scenarios of several prepared datasets in one
   synthetic        a made world of clusters whose best possible error is known
 and:
   tasks            choose users, support and query by a protocol (train does this by itself on first use)
@@ -101,6 +104,42 @@ def _movielens_100k(argv: Sequence[str]) -> int:
     from distmeta.data.sources.movielens import movielens_100k
 
     return _make(args.out, lambda out: movielens_100k(Location.of(args.raw), out))
+
+
+def _movielens_20m(argv: Sequence[str]) -> int:
+    parser = _parser(
+        "movielens-20m",
+        "Read MovieLens 20M (https://grouplens.org/datasets/movielens/20m/): ratings.csv, movies.csv, tags.csv.\n"
+        "No user fields; item fields: year, genres, tags (those that users gave, in lower case). Tags are the\n"
+        "scenarios of --protocol cmml-scenario; CMML takes every rating as a positive: --positive-from 0 there.",
+        "example: python -m jobs.prepare movielens-20m --raw ml-20m --out data/ml-20m",
+    )
+    parser.add_argument("--raw", required=True, metavar="DIR", help="folder that holds the files")
+    parser.add_argument(
+        "--tag-users", type=int, default=1, metavar="N", help="users who must have given a movie a tag [1]"
+    )
+    _add_out(parser)
+    args = parser.parse(argv)
+    from distmeta.data.sources.movielens20m import movielens_20m
+
+    return _make(args.out, lambda out: movielens_20m(Location.of(args.raw), out, args.tag_users))
+
+
+def _taobao_cloud_theme(argv: Sequence[str]) -> int:
+    parser = _parser(
+        "taobao-cloud-theme",
+        "Read Taobao's cloud themes (https://tianchi.aliyun.com/dataset/9716): theme_click_log.csv, with a header\n"
+        "and the columns user_id, item_id, theme_id and maybe leaf_cate_id, cate_level1_id, reach_time. Every line\n"
+        "is a click in a theme; themes are the scenarios of --protocol cmml-scenario. Item fields: category (leaf)\n"
+        "and category1.",
+        "example: python -m jobs.prepare taobao-cloud-theme --raw themes --out data/themes",
+    )
+    parser.add_argument("--raw", required=True, metavar="DIR", help="folder that holds the file")
+    _add_out(parser)
+    args = parser.parse(argv)
+    from distmeta.data.sources.taobao_themes import taobao_cloud_theme
+
+    return _make(args.out, lambda out: taobao_cloud_theme(Location.of(args.raw), out))
 
 
 def _bookcrossing(argv: Sequence[str]) -> int:
@@ -180,6 +219,32 @@ def _table(argv: Sequence[str]) -> int:
     return _make(args.out, lambda out: table(spec, raw, out))
 
 
+def _hybrid(argv: Sequence[str]) -> int:
+    from distmeta.data.protocols.scenario import CHOICE
+
+    parser = _parser(
+        "hybrid",
+        "Put the scenarios of several prepared datasets into one: their positives become clicks in scenarios of\n"
+        "its own, called DATASET: scenario. --protocol cmml-scenario then tells the datasets apart as cohorts.",
+        "example: python -m jobs.prepare hybrid --of data/ml-1m data/themes --out data/hybrid",
+    )
+    parser.add_argument("--of", required=True, nargs="+", metavar="DATASET", help="the prepared datasets")
+    for name in CHOICE:
+        f = DataOptions.__dataclass_fields__[name]
+        parser.add_argument(
+            "--" + name.replace("_", "-"), type=type(f.default), default=f.default, metavar="VALUE",
+            help=f.metadata["help"].removeprefix("cmml-scenario: ").replace("%", "%%"),
+        )  # fmt: skip
+    _add_out(parser)
+    args = parser.parse(argv)
+    options = {name: getattr(args, name) for name in CHOICE}
+    build(DataOptions, options, "prepare hybrid", flags=True)
+    from distmeta.data.sources.hybrid import hybrid
+
+    parts = [Location.of(part) for part in args.of]
+    return _make(args.out, lambda out: hybrid(parts, out, options))
+
+
 def _synthetic(argv: Sequence[str]) -> int:
     from distmeta.data.sources.synthetic import Recipe, generate
 
@@ -255,9 +320,12 @@ def _make(out: str, source: Callable[[Location], Dataset]) -> int:
 _SOURCES: dict[str, Callable[[Sequence[str]], int]] = {
     "movielens-1m": _movielens_1m,
     "movielens-100k": _movielens_100k,
+    "movielens-20m": _movielens_20m,
     "bookcrossing": _bookcrossing,
     "taobao-userbehavior": _taobao_userbehavior,
+    "taobao-cloud-theme": _taobao_cloud_theme,
     "table": _table,
+    "hybrid": _hybrid,
     "synthetic": _synthetic,
     "tasks": _tasks,
 }

@@ -60,6 +60,12 @@ def main(argv: Sequence[str]) -> int:
         )
     run = run or rundir.default(config.method, dataset.name)
     table = tasktable.make(place, config.data.protocol, config.data.split_seed, protocols.protocol_options(config.data))
+    if table.scenarios and not getattr(entry(config.method), "scenarios", False):
+        raise UserError(
+            f"{config.method} learns users and the tasks of protocol {table.protocol} are scenarios; choose a protocol"
+            " of users, or one of the cmml methods"
+        )
+    dataset = table.seen(dataset)
     config = _settled(config, run, place)
     process.prepare(config.train.threads)
     run.make_dir()

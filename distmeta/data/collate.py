@@ -163,7 +163,7 @@ class Collator:
         most = np.maximum(1, np.rint(query_rows * self._count)) if share else np.minimum(query_rows, self._count // 2)
         self._query_count = np.where(tasks.drawn, most, tasks.stored_query).astype(np.int64)
         """[T]: query rows of it."""
-        self._last = np.empty(items, np.int32)
+        self._unique = Distinct(items)
 
     def batch(self, chosen: Ints, epoch: int) -> TaskBatch:
         """The tasks at positions `chosen`, in blocks; `epoch` decides a drawn query unless redraw is off."""
@@ -183,7 +183,7 @@ class Collator:
         sides = []
         for mask, n in ((~query, support_count), (query, query_count)):
             rows = np.flatnonzero(mask)
-            sides.append(_padded(inverse[rows], label[rows], n, bounds))
+            sides.append(padded(inverse[rows], label[rows], n, bounds))
         blocks = tuple(
             TaskBlock(torch.from_numpy(t.task[chosen[a:b]]), self._users(chosen[a:b]), support, query_side)
             for (a, b), support, query_side in zip(bounds, *sides, strict=True)
@@ -228,17 +228,6 @@ class Collator:
         query[(before[which, None] + row)[real]] = taken[real]
         return query
 
-    def _unique(self, item: NDArray[np.int32]) -> tuple[Ints, Ints]:
-        """The distinct items, and each row's position in them; no sort, and no cost in the number of items.
-
-        The last row to write an item's cell of the scratch array owns the item.
-        """
-        last, rows = self._last, np.arange(len(item), dtype=np.int32)
-        last[item] = rows
-        unique = item[last[item] == rows]
-        last[unique] = np.arange(len(unique), dtype=np.int32)
-        return unique.astype(np.int64), last[item].astype(np.int64)
-
     def _users(self, chosen: Ints) -> dict[str, Bag]:
         return {
             name: Bag(
@@ -249,7 +238,27 @@ class Collator:
         }
 
 
-def _padded(item: Ints, label: NDArray[np.float32], count: Ints, bounds: list[tuple[int, int]]) -> list[Rows]:
+class Distinct:
+    """Which of 0 … size − 1 stand in an array; no sort, and no cost in `size`. Scratch memory: one thread at a time."""
+
+    def __init__(self, size: int) -> None:
+        self._last = np.empty(size, np.int32)
+
+    def __call__(self, values: NDArray[np.int32]) -> tuple[Ints, Ints]:
+        """The distinct values, and each one's position in them.
+
+        The last row to write a value's cell of the scratch array owns the value.
+        """
+        last, rows = self._last, np.arange(len(values), dtype=np.int32)
+        last[values] = rows
+        unique = values[last[values] == rows]
+        last[unique] = np.arange(len(unique), dtype=np.int32)
+        return unique.astype(np.int64), last[values].astype(np.int64)
+
+
+def padded(
+    item: Ints, label: NDArray[np.float32], count: Ints, bounds: list[tuple[int, int]], user: Ints | None = None
+) -> list[Rows]:
     """Flat rows of one side (`count` of each task) as one padded Rows a block."""
     widths = np.array([count[a:b].max() for a, b in bounds], np.int64)
     sizes = np.array([b - a for a, b in bounds], np.int64)
@@ -259,8 +268,12 @@ def _padded(item: Ints, label: NDArray[np.float32], count: Ints, bounds: list[tu
     total = int(width.sum())
     items, labels, masks = np.zeros(total, np.int64), np.zeros(total, np.float32), np.zeros(total, bool)
     items[target], labels[target], masks[target] = item, label, True
+    columns = [items, labels, masks]
+    if user is not None:
+        columns.append(np.zeros(total, np.int64))
+        columns[-1][target] = user
     ends = np.cumsum(widths * sizes)
     return [
-        Rows(*(torch.from_numpy(flat[e - w * s : e].reshape(s, w)) for flat in (items, labels, masks)))
+        Rows(*(torch.from_numpy(flat[e - w * s : e].reshape(s, w)) for flat in columns))
         for e, w, s in zip(ends.tolist(), widths.tolist(), sizes.tolist(), strict=True)
     ]

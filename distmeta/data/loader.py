@@ -13,9 +13,10 @@ import pyarrow as pa
 from distmeta import draws
 from distmeta.data import pools
 from distmeta.data.collate import Collator, Tasks
-from distmeta.data.encode import read_items
+from distmeta.data.encode import Encoded, encode_all, read_items
 from distmeta.data.pools import Pool
 from distmeta.data.prefetch import ahead
+from distmeta.data.scenarios import ScenarioCollator, Scenarios
 from distmeta.data.schema import Dataset
 from distmeta.data.tables import to_polars
 from distmeta.data.taskmaker import task_schema
@@ -25,7 +26,10 @@ from distmeta.tasks import TaskBatch
 __all__ = ["Loader", "TaskSource", "read_items"]
 
 COLUMNS = ("task", "item", "label", "role")
-"""What is read of a task table besides the users' fields."""
+"""What is read of a task table besides the users' fields; of scenarios also user."""
+
+AnyTasks = Tasks | Scenarios
+AnyCollator = Collator | ScenarioCollator
 
 
 class TaskSource(Protocol):
@@ -41,7 +45,17 @@ class TaskSource(Protocol):
     def episode_rows(self) -> int: ...
 
     @property
+    def scenarios(self) -> bool: ...
+
+    @property
+    def draws(self) -> int: ...
+
+    @property
     def location(self) -> object: ...
+
+    def users(self, dataset: Dataset) -> pa.Table:
+        """The fields of all users, where tasks are scenarios."""
+        ...
 
     @property
     def counts(self) -> Mapping[str, Mapping[str, int]]:
@@ -81,6 +95,8 @@ class Loader:
     A split within `memory` is read once and kept as flat arrays. A larger one is streamed in every epoch, pool
     by pool (data/pools.py): each pool is ordered as above, the next one is read while one is used, and a batch
     may take the last tasks of one pool and the first of the next.
+    Of scenarios an epoch is `draws` passes over the split, each in an order and with episodes of its own; the batches'
+    `epoch` counts the passes.
 
     Args:
         redraw: draw the episodes of tasks without a fixed query anew each epoch; else always as in epoch 0.
@@ -115,16 +131,21 @@ class Loader:
         sizes = table.sizes(split)
         self.n_tasks = sum(sizes)
         """Tasks of all workers."""
-        self.steps = -(-self.n_tasks // batch_size)
+        self._pass = -(-self.n_tasks // batch_size)
+        self.steps = table.draws * self._pass
         """Batches of an epoch, the same number for every worker and epoch."""
         self._shards = [v for v in range(table.shards) if v % world == rank and sizes[v]]
-        self._columns = [*COLUMNS, *(f.name for f in dataset.user_fields)]
+        self._columns = [*COLUMNS, *(["user"] if table.scenarios else [f.name for f in dataset.user_fields])]
+        self._users: dict[str, Encoded] = {}
+        if table.scenarios and dataset.user_fields:
+            self._users = encode_all(dataset.user_fields, table.users(dataset), table.location)
         count = table.counts.get(split, {"tasks": 0, "rows": 0})
-        if memory is None or pools.estimate(count["tasks"], count["rows"], dataset) <= memory:
+        if memory is None or pools.estimate(count["tasks"], count["rows"], dataset, table.scenarios) <= memory:
             self._plan = pools.whole(sizes)
             self._kept = self._tasks(table.read(split, self._shards, self._columns), self._plan.pools()[0])
         else:
-            self._plan = pools.plan(split, table.groups(split), dataset, memory, table.location)
+            groups = table.groups(split)
+            self._plan = pools.plan(split, groups, dataset, memory, table.location, table.scenarios)
             self._kept = None
 
     @property
@@ -134,11 +155,14 @@ class Loader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[TaskBatch]:
         """The batches of training epoch `epoch` from batch `start` on. Close the iterator to end it early."""
-        return self._waited(self._batches(epoch, start, self.table.episode_rows))
+        return self._waited(self._passes(epoch, start))
 
     def evaluation(self) -> Iterator[TaskBatch]:
-        """Every task once with all its rows, in stored order and roles; a drawn query is that of epoch 0."""
-        return self._waited(self._batches(None, 0, 0))
+        """Every task once with all its rows, in stored order and roles; a drawn query is that of epoch 0.
+
+        Of a training scenario: the episode of epoch 0.
+        """
+        return self._waited(self._batches(None, 0, self.table.episode_rows if self.table.scenarios else 0))
 
     def tasks(self) -> pl.DataFrame:
         """This worker's tasks: columns task, cohort."""
@@ -158,17 +182,27 @@ class Loader:
                     return
                 yield batch
 
+    def _passes(self, epoch: int, start: int) -> Generator[TaskBatch]:
+        """The batches of an epoch from `start` on."""
+        first, within = divmod(start, max(self._pass, 1))
+        for number in range(first, self.table.draws):
+            with contextlib.closing(
+                self._batches(epoch * self.table.draws + number, within, self.table.episode_rows)
+            ) as batches:
+                yield from batches
+            within = 0
+
     def _batches(self, epoch: int | None, start: int, episode_rows: int) -> Generator[TaskBatch]:
         """Batches from `start` on of an epoch, or of an evaluation (None)."""
         order = self._plan.pools(self.seed, epoch)
         order = [pool for pool in order if pool.end > start * self.batch_size]
-        rest: list[Tasks] = []
+        rest: list[AnyTasks] = []
         with contextlib.closing(self._loaded(order)) as loaded:
             for pool, tasks in zip(order, loaded, strict=True):
                 yield from self._of_pool(pool, tasks, rest, epoch, start, episode_rows)
 
     def _of_pool(
-        self, pool: Pool, tasks: Tasks, rest: list[Tasks], epoch: int | None, start: int, episode_rows: int
+        self, pool: Pool, tasks: AnyTasks, rest: list[AnyTasks], epoch: int | None, start: int, episode_rows: int
     ) -> Generator[TaskBatch]:
         """The batches that end in this pool. `rest`: of the batch under way, what each pool so far gave."""
         size, positions = self.batch_size, pool.positions(self._shards)
@@ -188,36 +222,40 @@ class Loader:
                 continue
             rest.append(tasks.take(chosen[a:b]))
             if ends:
-                joined = Tasks.join(rest)
+                joined = type(tasks).join(rest)  # type: ignore[arg-type]  # all of one kind
                 rest.clear()
                 yield self._collator(joined, episode_rows).batch(np.arange(len(joined)), epoch or 0)
 
-    def _loaded(self, order: Sequence[Pool]) -> Generator[Tasks]:
+    def _loaded(self, order: Sequence[Pool]) -> Generator[AnyTasks]:
         """This worker's tasks of each pool; one pool is read ahead."""
         if self._kept is not None:
             return (tasks for tasks in [self._kept] * len(order))
         read = self._read(order)
         return ahead(read, 1) if self.prefetch else read
 
-    def _read(self, order: Sequence[Pool]) -> Generator[Tasks]:
+    def _read(self, order: Sequence[Pool]) -> Generator[AnyTasks]:
         wanted = ((v, pool.groups[v]) for pool in order for v in self._shards if pool.groups[v])
         tables = self.table.stream(self.split, wanted, self._columns)
         for pool in order:
             count = sum(bool(pool.groups[v]) for v in self._shards)
             yield self._tasks(list(itertools.islice(tables, count)), pool)
 
-    def _tasks(self, tables: list[pa.Table], pool: Pool) -> Tasks:
+    def _tasks(self, tables: list[pa.Table], pool: Pool) -> AnyTasks:
         """The tables of a pool's shards as flat arrays."""
         where = self.table.location
         if sum(t.num_rows for t in tables) != pool.sizes[self._shards].sum():
             raise UserError(f"{where}: the parts of split {self.split} changed while they were read; start a new run")
-        whole = pa.concat_tables(tables) if tables else _schema(self.dataset, self._columns).empty_table()
-        return Tasks.of(whole, self.dataset, where)
+        empty = _schema(self.dataset, self._columns, self.table.scenarios).empty_table()
+        whole = pa.concat_tables(tables) if tables else empty
+        return (Scenarios if self.table.scenarios else Tasks).of(whole, self.dataset, where)
 
-    def _collator(self, tasks: Tasks, episode_rows: int) -> Collator:
+    def _collator(self, tasks: AnyTasks, episode_rows: int) -> AnyCollator:
+        if isinstance(tasks, Scenarios):
+            query = int(self.table.query_rows)
+            return ScenarioCollator(tasks, self.dataset, self._users, query, episode_rows, self.seed, self.redraw)
         return Collator(tasks, self.dataset.items, self.table.query_rows, episode_rows, self.seed, self.redraw)
 
 
-def _schema(dataset: Dataset, columns: Sequence[str]) -> pa.Schema:
-    schema = task_schema(dataset)
+def _schema(dataset: Dataset, columns: Sequence[str], scenarios: bool = False) -> pa.Schema:
+    schema = task_schema(dataset, scenarios=scenarios)
     return pa.schema([schema.field(name) for name in columns])

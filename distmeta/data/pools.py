@@ -24,6 +24,8 @@ MB = 2**20
 ROW_BYTES = 32
 """Of an interaction. Item, label and role, as Arrow hands them over and as the loader keeps them, are 18; the rest is
 what decoding them takes and what allocators hold back. Measured, two pools: 29 to 33 of resident memory a row."""
+SCENARIO_ROW_BYTES = 80
+"""Of a scenario's: besides, its user, its place among the scenario's items, and the key that negatives are drawn by."""
 TASK_BYTES = 120
 """Of a task, besides its rows and fields: ids, offsets, counts and its place in the order."""
 FIELD_BYTES: Mapping[str, int] = {"categorical": 8, "numeric": 12, "multi_categorical": 96}
@@ -85,14 +87,16 @@ def whole(sizes: Sequence[int]) -> Plan:
     return Plan([[n] for n in sizes], 1, True, "")
 
 
-def plan(split: str, groups: Sequence[Sequence[Group]], dataset: Dataset, memory: int, where: object) -> Plan:
+def plan(
+    split: str, groups: Sequence[Sequence[Group]], dataset: Dataset, memory: int, where: object, scenarios: bool = False
+) -> Plan:
     """Pools of which two, one in use and one being read, fit into `memory` bytes of one worker.
 
     Raises:
         UserError: the budget is too small for pools of one row group a shard.
     """
     filled = [shard for shard in groups if shard]
-    largest = max(estimate(*group, dataset) for shard in filled for group in shard)
+    largest = max(estimate(*group, dataset, scenarios) for shard in filled for group in shard)
     least = 2 * len(filled) * largest
     window = memory // least
     if not window:
@@ -100,7 +104,7 @@ def plan(split: str, groups: Sequence[Sequence[Group]], dataset: Dataset, memory
             f"{where}: its {split} tasks are read a row group of each shard at a time, which takes"
             f" {-(-least // MB)} MB, more than --memory-mb {memory // MB}; give --memory-mb {-(-least // MB)}"
         )
-    total = sum(estimate(*group, dataset) for shard in filled for group in shard)
+    total = sum(estimate(*group, dataset, scenarios) for shard in filled for group in shard)
     count = -(-max(map(len, filled)) // window)
     note = (
         f"{split}: {_mb(total)} MB of tasks, streamed in {count} pools of {_mb(total / count)} MB"
@@ -109,8 +113,10 @@ def plan(split: str, groups: Sequence[Sequence[Group]], dataset: Dataset, memory
     return Plan([[tasks for tasks, _ in shard] for shard in groups], window, False, note)
 
 
-def estimate(tasks: int, rows: int, dataset: Dataset) -> int:
-    """Bytes that so many tasks take while they are read and used."""
+def estimate(tasks: int, rows: int, dataset: Dataset, scenarios: bool = False) -> int:
+    """Bytes that so many tasks (users, or scenarios) take while they are read and used."""
+    if scenarios:
+        return rows * SCENARIO_ROW_BYTES + tasks * TASK_BYTES
     return rows * ROW_BYTES + tasks * (TASK_BYTES + sum(FIELD_BYTES[f.type] for f in dataset.user_fields))
 
 

@@ -4,8 +4,10 @@ DATASET/
   dataset.json                  manifest, written last: format version, label, fields, counts, files
   users/part-00000.parquet      user int32 (0 … n−1, row order), raw_id string, one column a field
   items/part-00000.parquet      item int32 (0 … n−1, row order), raw_id string, one column a field
-  interactions/part-*.parquet   user int32, item int32, label float32, time int64 (seconds); sorted by (user, time)
+  interactions/part-*.parquet   user int32, item int32, label float32, time int64 (seconds); sorted by (user, time);
+                                and scenario int32 where the log says in which one each took place
   vocabularies/SIDE-FIELD.parquet   value string; row i is what index i stands for; row 0 is the unknown value
+  vocabularies/interaction-scenario.parquet   value string; row i is the name of scenario i
 
 Field columns: categorical int32 index; multi_categorical list<int32> of indices (empty = unknown);
 numeric float32 (null = unknown; standardised by the field's mean and std where it is used).
@@ -18,6 +20,7 @@ from distmeta.errors import UserError
 from distmeta.storage import Location
 
 FORMAT = 1
+SCENARIOS = "vocabularies/interaction-scenario.parquet"
 TASK_COLUMNS = ("task", "split", "cohort", "label", "time", "role", "row_cohort")
 """Columns of task tables besides user, item and the user's fields, which may not be called so."""
 FieldType = Literal["categorical", "multi_categorical", "numeric"]
@@ -59,11 +62,14 @@ class Dataset:
     interactions: int
     extra: dict[str, Any] = field(default_factory=dict)
     """What the source adds: counts of dropped rows, the Bayes-optimal error of a synthetic dataset, …"""
+    scenarios: int = 0
+    """The dataset's own scenarios; 0: interactions/ has no such column."""
     files: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """Table name ('users', 'items', 'interactions', 'vocabularies') -> [{"path", "rows", "bytes"}], paths relative."""
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, **asdict(self)}
+        values = {"format": FORMAT, **asdict(self)}
+        return values if self.scenarios else {k: v for k, v in values.items() if k != "scenarios"}
 
     @classmethod
     def open(cls, where: "str | Location") -> "Dataset":

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from distmeta import draws
-from distmeta.data.protocols import SPLITS, Protocol, Source
-from distmeta.data.schema import Dataset, Field
-from distmeta.data.tables import AGAIN, PARQUET, read_part, read_side, to_polars
+from distmeta.data.protocols import SPLITS, Protocol
+from distmeta.data.reading import Reading
+from distmeta.data.schema import Dataset
+from distmeta.data.tables import PARQUET, read_side
 from distmeta.errors import UserError
 from distmeta.storage import Location, writing
 
@@ -24,7 +25,7 @@ FORMAT = 1
 LISTS = {"item": pa.int32(), "label": pa.float32(), "time": pa.int64(), "role": pa.int8()}
 """List columns of a task table and their element types."""
 FIXED = ("task", "user", "split", "cohort", *LISTS)
-"""Its columns besides the user's fields."""
+"""Its columns besides the user's fields. Where tasks are scenarios user is one of the lists and there are no fields."""
 GROUP_TASKS, GROUP_ROWS = 4096, 2**17
 """Tasks, and rows of their lists, that a Parquet row group holds at most (one task at least): what a loader that
 streams reads at a time of each shard. 2^17 rows are 2 MB in memory."""
@@ -34,10 +35,11 @@ ROW_COHORT = "row_cohort"
 _ARROW = {"categorical": pa.int32(), "multi_categorical": pa.list_(pa.int32()), "numeric": pa.float32()}
 
 
-def task_schema(dataset: Dataset, row_cohorts: bool = False) -> pa.Schema:
-    """The columns of a task table of this dataset, by a protocol with or without cohorts of rows."""
-    fields = [("task", pa.int64()), ("user", pa.int32()), ("split", pa.string()), ("cohort", pa.string())]
-    fields += [(f.name, _ARROW[f.type]) for f in dataset.user_fields]
+def task_schema(dataset: Dataset, row_cohorts: bool = False, scenarios: bool = False) -> pa.Schema:
+    """The columns of a task table of this dataset, by a protocol with or without cohorts of rows, or of scenarios."""
+    user = pa.list_(pa.int32()) if scenarios else pa.int32()
+    fields = [("task", pa.int64()), ("user", user), ("split", pa.string()), ("cohort", pa.string())]
+    fields += [(f.name, _ARROW[f.type]) for f in dataset.user_fields if not scenarios]
     lists = {**LISTS, ROW_COHORT: pa.int8()} if row_cohorts else LISTS
     return pa.schema(fields + [(name, pa.list_(kind)) for name, kind in lists.items()])
 
@@ -62,7 +64,8 @@ class Maker:
         self.dataset, self.manifest, self.protocol = dataset, manifest, protocol
         self.split_seed, self.options, self.shards, self.where = split_seed, options, shards, where
         self.user_fields = [f.name for f in manifest.user_fields]
-        self.schema = task_schema(manifest, bool(protocol.row_cohorts))
+        self.scenarios = protocol.chunks is not None
+        self.schema = task_schema(manifest, bool(protocol.row_cohorts), self.scenarios)
         clash = sorted(set(self.user_fields) & {*FIXED, ROW_COHORT})
         if clash:
             raise UserError(f"{dataset}: a user field cannot be called {clash[0]}; rename it and prepare again")
@@ -73,12 +76,15 @@ class Maker:
         Raises:
             UserError: the dataset is damaged, the protocol leaves no training task, or the place is read-only.
         """
-        users = read_side(self.dataset, self.manifest, "users", ["user", "raw_id", *self.user_fields])
-        plan = self.protocol.plan(self._source(users), self.split_seed, self.options)
-        users = users.select(self.user_fields)
+        reading = Reading(self.dataset, self.manifest)
+        source = reading.source()
+        plan = self.protocol.plan(source, self.split_seed, self.options)
+        users = read_side(self.dataset, self.manifest, "users", [] if self.scenarios else self.user_fields)
+        chunks = self.protocol.chunks(source, plan) if self.protocol.chunks else reading.interactions()
         dropped, digest, cohorts = Counter[str](), hashlib.sha256(), Cohorts()
+        dropped.update(plan.dropped)
         with _Parts(self.where, self.schema) as parts:
-            for chunk in self._interactions():
+            for chunk in chunks:
                 rows, left_out = self.protocol.tasks(chunk, plan)
                 dropped.update(left_out)
                 self._store(rows.sort("task", maintain_order=True), users, parts, digest, cohorts)
@@ -106,58 +112,10 @@ class Maker:
             "split_hash": digest.hexdigest(),
             "dataset": dict(origin),
             "files": parts.files,
+            **({"scenarios": True} if self.scenarios else {}),
+            **self.protocol.sizes(self.options),
         }
         (self.where / "tasks.json").write_json(manifest)
-
-    def _source(self, users: pa.Table) -> Source:
-        return Source(
-            self.manifest,
-            self.dataset,
-            to_polars(users),
-            self._items(),
-            lambda name: self._vocabulary("user", next(f for f in self.manifest.user_fields if f.name == name)),
-            self._interactions,
-        )
-
-    def _vocabulary(self, side: str, field: Field) -> pl.Series:
-        """What the indices of a categorical field stand for; UserError where one of them is not in the file."""
-        file = self.dataset / f"vocabularies/{side}-{field.name}.parquet"
-        values = to_polars(read_part(file, ["value"], field.size, AGAIN))["value"]
-        index = to_polars(read_side(self.dataset, self.manifest, f"{side}s", [field.name]))[field.name]
-        if not index.is_between(0, field.size - 1).all():
-            raise UserError(f"{self.dataset / f'{side}s'}: a {field.name} is not in {file}; {AGAIN}")
-        return values
-
-    def _items(self) -> pl.DataFrame:
-        """Items with their year as a number, where the dataset has one."""
-        field = next((f for f in self.manifest.item_fields if f.name == "year"), None)
-        if field is None or field.type == "multi_categorical":
-            return to_polars(read_side(self.dataset, self.manifest, "items", ["item"]))
-        items = to_polars(read_side(self.dataset, self.manifest, "items", ["item", "year"]))
-        if field.type == "categorical":
-            values = self._vocabulary("item", field)
-            items = items.with_columns(year=values.cast(pl.Float64, strict=False)[items["year"]])
-        return items
-
-    def _interactions(self) -> Iterator[pl.DataFrame]:
-        """The parts of interactions/, checked: known users and items, sorted by user, no user cut in two."""
-        last = -1
-        for file in self.manifest.files.get("interactions", []):
-            where = self.dataset / file["path"]
-            chunk = to_polars(read_part(where, ["user", "item", "label", "time"], file["rows"], AGAIN))
-            if not len(chunk):
-                continue
-            user, item = chunk["user"].to_numpy(), chunk["item"].to_numpy()
-            checks = {
-                "unknown user": (user < 0) | (user >= self.manifest.users),
-                "unknown item": (item < 0) | (item >= self.manifest.items),
-                "user out of order": np.r_[user[0] <= last, user[1:] < user[:-1]],
-            }
-            for what, bad in checks.items():
-                if bad.any():
-                    raise UserError(f"{where}, row {int(bad.argmax()) + 1}: {what}; {AGAIN}")
-            last = int(user[-1])
-            yield chunk
 
     def _store(self, rows: pl.DataFrame, users: pa.Table, parts: "_Parts", digest: Any, cohorts: Cohorts) -> None:
         """Write a chunk's tasks to their parts, count them and hash them. `rows` is sorted by task."""
@@ -166,7 +124,7 @@ class Maker:
         task = rows["task"].to_numpy()
         first = np.flatnonzero(np.r_[True, task[1:] != task[:-1]])
         length = np.diff(np.r_[first, len(task)])
-        digest.update(_hashable(rows, np.arange(len(task)) - np.repeat(first, length)))
+        digest.update(_hashable(rows, np.arange(len(task)) - np.repeat(first, length), self.scenarios))
         heads = rows[first].with_columns(rows=pl.Series(length))
         sums = heads.group_by("split", "cohort").agg(pl.len(), pl.sum("rows")).sort("split", "cohort")
         for split, cohort, tasks, n in sums.iter_rows():
@@ -186,7 +144,8 @@ class Maker:
         columns |= {name: heads[name].to_arrow() for name in ("task", "user")}
         columns |= {name: users[name].take(columns["user"]) for name in users.column_names}
         cuts = pa.array(offsets.astype(np.int32))
-        lists = [name for name in self.schema.names if name in LISTS or name == ROW_COHORT]
+        lists = [name for name in self.schema.names if pa.types.is_list(self.schema.field(name).type)]
+        lists = [name for name in lists if name not in users.column_names]
         columns |= {name: pa.ListArray.from_arrays(cuts, rows[name].to_arrow()) for name in lists}
         return pa.table([columns[name] for name in self.schema.names], names=self.schema.names).cast(self.schema)
 
@@ -195,10 +154,11 @@ def _total(cohorts: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
     return {k: sum(c[k] for c in cohorts.values()) for k in ("tasks", "rows")}
 
 
-def _hashable(rows: pl.DataFrame, position: NDArray[np.int64]) -> bytes:
-    """What split_hash covers, as little-endian int64 [rows, 5]: task, row, item, split, role."""
+def _hashable(rows: pl.DataFrame, position: NDArray[np.int64], scenarios: bool) -> bytes:
+    """What split_hash covers, as little-endian int64 [rows, 5]: task, row, item, split, role; of scenarios user too."""
     split = rows["split"].to_physical().to_numpy()
-    columns = (rows["task"].to_numpy(), position, rows["item"].to_numpy(), split, rows["role"].to_numpy())
+    columns = [rows["task"].to_numpy(), position, rows["item"].to_numpy(), split, rows["role"].to_numpy()]
+    columns += [rows["user"].to_numpy()] if scenarios else []
     return np.stack([c.astype("<i8") for c in columns], axis=1).tobytes()
 
 

@@ -5,7 +5,8 @@ DATASET/tasks/PROTOCOL-VERSION-SPLITSEED-OPTHASH/
   SPLIT/part-NNNNN.parquet   one file a split and shard that has tasks: task int64, user int32, split, cohort,
                              the user's fields as in users/, and the lists item int32, label float32,
                              time int64, role int8 and maybe row_cohort int8, in time order; its row groups bound
-                             what is read at a time
+                             what is read at a time. Where tasks are scenarios user is a list too, and the users'
+                             fields are read from the dataset's users/, two folders up
 
 Shard of a task = hash(task id) mod shards. taskmaker.py makes a table, once.
 """
@@ -13,15 +14,15 @@ Shard of a task = hash(task id) mod shards. taskmaker.py makes a table, once.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 
 from distmeta.data import protocols
 from distmeta.data.protocols import SPLITS
-from distmeta.data.schema import Dataset
-from distmeta.data.tables import read_groups, read_part
+from distmeta.data.schema import Dataset, Label
+from distmeta.data.tables import read_groups, read_part, read_side
 from distmeta.data.taskmaker import FIXED, FORMAT, Maker
 from distmeta.errors import UserError
 from distmeta.storage import Location
@@ -62,6 +63,10 @@ class TaskTable:
     """Pairs of cohorts whose users' errors a t-test compares."""
     notes: dict[str, str] = field(default_factory=dict)
     """What the protocol decided from the data, in words."""
+    scenarios: bool = False
+    """Tasks are scenarios: each row has its user, labels are clicks, what is evaluated is ranked lists."""
+    draws: int = 1
+    """Episodes that an epoch draws of each training task."""
 
     @classmethod
     def open(cls, where: Location) -> "TaskTable":
@@ -132,7 +137,20 @@ class TaskTable:
 
     def columns(self, listed: Sequence[str] | None = None) -> list[str]:
         """The columns to read: those listed, or all."""
-        return list(listed or (*FIXED, *(f["name"] for f in self.dataset["user_fields"])))
+        fields = [] if self.scenarios else [f["name"] for f in self.dataset["user_fields"]]
+        return list(listed or (*FIXED, *fields))
+
+    def users(self, dataset: Dataset) -> pa.Table:
+        """The fields of all users, row i being user i, from the dataset that the table lies in.
+
+        Raises:
+            UserError: users/ is missing, damaged or not as the manifest says.
+        """
+        return read_side(self.location.parent.parent, dataset, "users", [f.name for f in dataset.user_fields])
+
+    def seen(self, dataset: Dataset) -> Dataset:
+        """The dataset as its tasks show it: labels of scenarios are clicks, whatever they were made from."""
+        return replace(dataset, label=Label("click", 0.0, 1.0)) if self.scenarios else dataset
 
 
 def make(

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from distmeta.data.schema import TASK_COLUMNS, Dataset, Field, FieldType, Label
+from distmeta.data.schema import SCENARIOS, TASK_COLUMNS, Dataset, Field, FieldType, Label
 from distmeta.data.tables import PARQUET
 from distmeta.errors import UserError
 from distmeta.storage import Location, writing
@@ -27,7 +27,7 @@ _ARROW: dict[FieldType, pa.DataType] = {
 _INTERACTIONS = pa.schema([("user", pa.int32()), ("item", pa.int32()), ("label", pa.float32()), ("time", pa.int64())])
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 _OURS = re.compile(
-    r"(users|items|interactions)(/part-\d{5}\.parquet)?|vocabularies(/(user|item)-[\w-]+\.parquet)?"
+    r"(users|items|interactions)(/part-\d{5}\.parquet)?|vocabularies(/(user|item|interaction)-[\w-]+\.parquet)?"
     r"|tasks(/.*)?|dataset\.json\.tmp-\d+"
 )
 _TAKEN = {"user": ("user", "item", "raw_id", *TASK_COLUMNS), "item": ("user", "item", "raw_id")}
@@ -59,7 +59,7 @@ def write_dataset(
         users: column `user` (raw id, each once) and the user fields; those with no interaction are dropped.
         items: column `item` (raw id, each once) and the item fields; those with no interaction are kept.
         interactions: columns user, item (raw ids found in the two tables), label, time (seconds); rows of a
-            user with equal time keep their order.
+            user with equal time keep their order. And maybe scenario: the name of the one it took place in.
         extra: goes into the manifest; `extra["dropped"]["users_without_interactions"]` is added to it.
         part_rows: the most rows of one interactions part; a user is never cut in two.
 
@@ -92,9 +92,17 @@ def write_dataset(
         columns, schema, described[side] = _encode_side(where, side, table, fields, files["vocabularies"])
         _write(where, f"{side}s/part-00000.parquet", columns.to_arrow().cast(schema), files[f"{side}s"])
 
-    rows = _dense(interactions, user_ids, item_ids)
+    rows, scenarios = _dense(interactions, user_ids, item_ids), pl.Series("value", [], pl.String)
+    row_schema = _INTERACTIONS
+    if "scenario" in rows.columns:
+        row_schema = row_schema.append(pa.field("scenario", pa.int32()))
+        scenarios = ordered(rows["scenario"])
+        index = _indexed(scenarios, "_scenario")
+        rows = rows.join(index, left_on="scenario", right_on="raw_id", how="left", maintain_order="left")
+        rows = rows.drop("scenario").rename({"_scenario": "scenario"})
+        _write(where, SCENARIOS, pa.table({"value": scenarios.to_arrow().cast(pa.string())}), files["vocabularies"])
     for number, (start, end) in enumerate(part_bounds(rows["user"].to_numpy(), part_rows)):
-        part = rows.slice(start, end - start).to_arrow().cast(_INTERACTIONS)
+        part = rows.slice(start, end - start).to_arrow().cast(row_schema)
         _write(where, f"interactions/part-{number:05d}.parquet", part, files["interactions"])
 
     kept = dict(extra or {})
@@ -102,6 +110,7 @@ def write_dataset(
     dataset = Dataset(
         name, label, described["user"], described["item"],
         users=len(user_ids), items=len(item_ids), interactions=rows.height, extra=kept, files=files,
+        scenarios=len(scenarios),
     )  # fmt: skip
     (where / "dataset.json").write_json(dataset.to_json())
     return dataset
@@ -225,7 +234,8 @@ def _encode_set(column: pl.Series) -> tuple[pl.Series, pl.Series]:
 
 def _dense(interactions: pl.DataFrame, user_ids: pl.Series, item_ids: pl.Series) -> pl.DataFrame:
     """The interactions with indices for raw ids, sorted by (user, time, original row)."""
-    rows = interactions.select("user", "item", "label", "time").with_row_index("_row")
+    names = ["user", "item", "label", "time", *(["scenario"] if "scenario" in interactions.columns else [])]
+    rows = interactions.select(names).with_columns(pl.col("^scenario$").cast(pl.String)).with_row_index("_row")
     for side, ids in (("user", user_ids), ("item", item_ids)):
         index = _indexed(ids, side).rename({side: "_index"})
         rows = (
@@ -235,7 +245,7 @@ def _dense(interactions: pl.DataFrame, user_ids: pl.Series, item_ids: pl.Series)
         )
         if rows[side].has_nulls():
             raise ValueError(f"an interaction names an {side} that the {side}s table lacks")
-    return rows.sort("user", "time", "_row").select("user", "item", "label", "time")
+    return rows.sort("user", "time", "_row").select(names)
 
 
 def _write(where: Location, path: str, table: pa.Table, files: list[dict[str, Any]]) -> None:

@@ -67,7 +67,11 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> str | None:
     """Train loss and validation MAE by epoch, each on its own axes; None where there is no curve of either."""
     series = [
         (title, [(m["epoch"], m[key]) for m in metrics if finite(m.get(key))], colour)
-        for key, title, colour in (("train_loss", "training loss", SOFT), ("valid_mae", "validation MAE", METHOD))
+        for key, title, colour in (
+            ("train_loss", "training loss", SOFT),
+            ("valid_mae", "validation MAE", METHOD),
+            ("valid_recall@10", "validation Recall@10", METHOD),
+        )
     ]
     series = [(title, points, colour) for title, points, colour in series if len(points) > 1]
     if not series:
@@ -85,8 +89,8 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> str | None:
             axes.tick_params(length=0)
             axes.margins(y=0.15)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-            if title == "validation MAE":
-                best = min(points, key=lambda p: p[1])
+            if title != "training loss":
+                best = (min if title == "validation MAE" else max)(points, key=lambda p: p[1])
                 axes.plot(*best, marker="o", markersize=9, markerfacecolor="none", markeredgecolor=INK)
                 axes.set_title(f"best {best[1]:.4f} at epoch {best[0]}", loc="right", fontsize=8.5)
         column[-1].set_xlabel("epoch")

@@ -3,6 +3,7 @@
 A unit is what has one number: a task, or where a protocol has cohorts of rows (MAMO appendix A.2.3) a row for the
 errors and a clip for NDCG: the cohort's rows sorted by (task, time), cut into clips of 5, the last one kept if it
 has 3 or more. A clip belongs to the task of its first row.
+Of scenarios a unit is a list, one a user and scenario.
 """
 
 import math
@@ -37,6 +38,9 @@ def cohorts(measured: Measured) -> dict[str, Cohort]:
     tasks, rows = measured.tasks, measured.rows
     test = tasks.filter(pl.col("split") == "test")
     in_test = rows.filter(pl.col("split") == "test") if rows is not None else None
+    if "user" in tasks.columns:  # a row is a list of a scenario
+        by_kind = tasks.partition_by("cohort", as_dict=True)
+        return {"all": _of_lists(test)} | {str(key[0]): _of_lists(by_kind[key]) for key in sorted(by_kind)}
     found = {"all": _of_tasks(test, in_test)}
     if in_test is not None and in_test["row_cohort"].null_count() < len(in_test):
         named = in_test.partition_by("row_cohort", as_dict=True)
@@ -55,6 +59,13 @@ def _of_tasks(tasks: pl.DataFrame, rows: pl.DataFrame | None) -> Cohort:
     if "positives" in tasks.columns and rows is not None:
         summary["auc_rows"] = pooled_auc(rows)
     return Cohort((task_metrics(tasks),), summary)
+
+
+def _of_lists(lists: pl.DataFrame) -> Cohort:
+    names = [name for name in lists.columns if name.startswith("recall@")]
+    ranked = lists.sort("task", "user").select("task", *names)
+    counts = {"n_tasks": lists["task"].n_unique(), "n_lists": len(lists)}
+    return Cohort((ranked,), means(ranked) | counts)
 
 
 def _of_rows(rows: pl.DataFrame, clicks: bool) -> Cohort:

@@ -18,7 +18,7 @@ from distmeta.data.tables import to_polars
 from distmeta.data.taskmaker import ROW_COHORT
 from distmeta.data.tasktable import TaskTable
 from distmeta.errors import Diverged, UserError
-from distmeta.evaluation import significance
+from distmeta.evaluation import lists, significance
 from distmeta.evaluation.cohorts import cohorts, groups, matched
 from distmeta.evaluation.measured import FACT, ErrorHistogram, Measured
 from distmeta.evaluation.metrics import CLICK_COLUMNS, CUTOFFS, click_sums, error_sums, ndcg
@@ -26,7 +26,7 @@ from distmeta.exchange import Exchange
 from distmeta.methods import entry, method_class
 from distmeta.methods.base import Method, fit_closed_form
 from distmeta.storage import Location
-from distmeta.tasks import TaskBlock
+from distmeta.tasks import TaskBatch, TaskBlock
 
 __all__ = ["ErrorHistogram", "Measured", "assemble", "evaluate", "floors", "measure", "pooled"]
 
@@ -57,6 +57,8 @@ def measure(
     """
     device = next(iter([*method.parameters(), *method.buffers()])).device
     method.eval()
+    if loader.table.scenarios:
+        return lists.measure(_ranked_by(method), loader, loader.dataset, split, device)
     clicks = label.kind == "click"
     names = ["n", "abs_sum", "sq_sum", *(f"ndcg@{k}" for k in CUTOFFS), *(CLICK_COLUMNS if clicks else ())]
     tasks, sums = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, len(names), dtype=torch.float64)]
@@ -87,6 +89,16 @@ def measure(
     if not clicks and row_cohorts is None:
         return Measured(frame, None, errors)
     return Measured(frame, _with_cohorts(pl.concat(rows), split, row_cohorts), errors)
+
+
+def _ranked_by(method: Method) -> lists.Score:
+    def score(batch: TaskBatch) -> list[Tensor]:
+        scores = method.predict(method.adapt(batch), batch)
+        for block, given in zip(batch, scores, strict=True):
+            _check_finite(method, block, given)
+        return scores
+
+    return score
 
 
 def _check_finite(method: Method, block: TaskBlock, score: Tensor) -> None:
@@ -158,9 +170,9 @@ def evaluate(
     """
     e = exchange or Exchange()
     mine = [v for v in range(table.shards) if v % e.world == e.rank]
-    parts = []
+    parts, size = [], lists.BATCH if table.scenarios else BATCH
     for split in SPLITS:
-        loader = Loader(table, dataset, split, BATCH, rank=e.rank, world=e.world, memory=memory)
+        loader = Loader(table, dataset, split, size, rank=e.rank, world=e.world, memory=memory)
         if loader.n_tasks or split == "test":
             parts.append(measure(method, loader, dataset.label, split, _row_cohorts(table, split, mine)))
     everyone = e.gather(Measured.concat(parts).to_ipc())
@@ -182,9 +194,12 @@ def floors(
     only rank 0 has them all.
 
     Args:
+        names: of floors for users; scenarios have floors of their own (`lists.FLOORS`), which are not kept.
         memory: the loaders' bound, in bytes.
     """
     e = exchange or Exchange()
+    if table.scenarios:
+        return lists.floors(table, dataset, e, memory)
     found = {name: _cached(table, name) if e.rank == 0 else None for name in names}
     missing = json.loads(e.gather(json.dumps([name for name in names if found[name] is None]).encode())[0])
     items = read_items(dataset_location, dataset) if missing else {}

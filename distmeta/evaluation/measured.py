@@ -48,7 +48,8 @@ class Measured:
 
     tasks: pl.DataFrame
     """One row a task, by task: task int64, split, cohort, n (query rows), abs_sum, sq_sum, ndcg@k; for clicks also
-    metrics.CLICK_COLUMNS. Then FACT columns, float64, where the method has facts."""
+    metrics.CLICK_COLUMNS. Then FACT columns, float64, where the method has facts. Of scenarios one row a list, by
+    (task, user): task, user int64, split, cohort, n (candidates), positives, recall@N."""
     rows: pl.DataFrame | None
     """One row a query row, by (task, position): task int64, split, position int32 (within the task's query, in time
     order), row_cohort (an Enum, or null), score float64, label float32. Only where the protocol has cohorts of
@@ -88,7 +89,11 @@ class Measured:
         """Several workers' or splits' together, sorted; at least one."""
         rows = [p.rows for p in parts if p.rows is not None]
         return cls(
-            pl.concat([p.tasks for p in parts], how="diagonal").sort("task"),  # a part without tasks has no facts
+            _sorted(pl.concat([p.tasks for p in parts], how="diagonal")),  # a part without tasks has no facts
             pl.concat(rows).sort("task", "position") if rows else None,
             ErrorHistogram(parts[0].errors.edges, np.sum([p.errors.counts for p in parts], axis=0)),
         )
+
+
+def _sorted(tasks: pl.DataFrame) -> pl.DataFrame:
+    return tasks.sort([name for name in ("task", "user") if name in tasks.columns])

@@ -90,26 +90,38 @@ def page(
 
 
 def best_floor(evaluation: Mapping[str, Any]) -> str | None:
-    """The floor with the lowest MAE on the cohort `all`, the method itself left out; None where there is
-    none.
+    """The floor with the lowest MAE (of scenarios the highest Recall@10) on the cohort `all`, the method itself left
+    out; None where there is none.
     """
+    lead = _lead(evaluation)
     scores = {
-        name: cohorts["all"]["mae"]
+        name: cohorts["all"][lead]
         for name, cohorts in evaluation["floors"].items()
-        if name != evaluation["method"] and finite(cohorts.get("all", {}).get("mae"))
+        if name != evaluation["method"] and finite(cohorts.get("all", {}).get(lead))
     }
-    return min(scores, key=scores.__getitem__) if scores else None
+    return (min if lead == "mae" else max)(scores, key=scores.__getitem__) if scores else None
+
+
+def _lead(evaluation: Mapping[str, Any]) -> str:
+    """The metric that the page begins with."""
+    return "recall@10" if "n_lists" in evaluation["cohorts"]["all"] else "mae"
 
 
 def _headline(evaluation: Mapping[str, Any], dataset: Dataset) -> str:
     method, scores = escape(evaluation["method"]), evaluation["cohorts"]["all"]
-    if not finite(scores["mae"]):
+    lead = _lead(evaluation)
+    if not finite(scores[lead]):
         return '<p class="lead">There was no test task to evaluate on, so there is nothing to report.</p>'
     tasks = f"{scores['n_tasks']:,} test tasks of {escape(dataset.name)}"
-    said = [f"On {tasks}, <b>{method}</b> is off by <b>{scores['mae']:.4f}</b> on average (MAE)."]
+    said = [f"On {tasks}, <b>{method}</b> is off by <b>{scores[lead]:.4f}</b> on average (MAE)."]
+    if lead != "mae":
+        said = [
+            f"In {scores['n_lists']:,} lists of {tasks}, <b>{method}</b> has <b>{scores[lead]:.1%}</b> of what a user"
+            " took among its first 10 (Recall@10)."
+        ]
     floor = best_floor(evaluation)
     if floor:
-        said.append(_compared(method, escape(floor), evaluation["paired"][floor]["all"]["mae"]))
+        said.append(_compared(escape(floor), evaluation["paired"][floor]["all"][lead], 1 if lead == "mae" else -1))
     bayes = dataset.extra.get("bayes", {}).get("mae")
     if finite(bayes):
         said.append(
@@ -119,8 +131,8 @@ def _headline(evaluation: Mapping[str, Any], dataset: Dataset) -> str:
     return f'<p class="lead">{" ".join(said)}</p>'
 
 
-def _compared(method: str, floor: str, interval: Sequence[float | None]) -> str:
-    """The difference to the best floor in words."""
+def _compared(floor: str, interval: Sequence[float | None], sign: int) -> str:
+    """The difference to the best floor in words; `sign` 1: less is better, −1: more is."""
     difference, low, high = interval
     if difference is None:
         return f"The best floor is {floor}; the two have no task in common that could be compared."
@@ -132,12 +144,16 @@ def _compared(method: str, floor: str, interval: Sequence[float | None]) -> str:
     interval_text = f"95 % interval {signed(low)} to {signed(high)}"
     if low <= 0 <= high:
         return f"That is {size}, but the {interval_text} includes 0: <b>no real difference</b> is shown."
-    verdict = "better" if difference < 0 else "worse"
+    verdict = "better" if sign * difference < 0 else "worse"
     return f"That is {size}; the {interval_text} excludes 0, so it is <b>{verdict}</b> on these tasks beyond chance."
 
 
 def _tiles(evaluation: Mapping[str, Any], dataset: Dataset) -> str:
     scores, floor = evaluation["cohorts"]["all"], best_floor(evaluation)
+    if _lead(evaluation) != "mae":
+        tiles = [(_COLUMNS[k], _show(scores[k]), "mean over lists") for k in _COLUMNS if k in scores]
+        tiles += [("lists", f"{scores['n_lists']:,}", f"of {scores['n_tasks']:,} scenarios")]
+        return _tiled(tiles)
     tiles = [("MAE", _show(scores["mae"]), "mean over users"), ("RMSE", _show(scores["rmse"]), "over ratings")]
     tiles.append(("NDCG@3", _show(scores["ndcg@3"]), f"{scores['n_ranked']:,} tasks ranked"))
     if "auc" in scores:
@@ -148,6 +164,10 @@ def _tiles(evaluation: Mapping[str, Any], dataset: Dataset) -> str:
     if finite(bayes):
         tiles.append(("best possible", _show(bayes), "MAE of the noise"))
     tiles.append(("tasks", f"{scores['n_tasks']:,}", f"{scores['n_ratings']:,} query ratings"))
+    return _tiled(tiles)
+
+
+def _tiled(tiles: Sequence[tuple[str, str, str]]) -> str:
     cells = "".join(f"<div><dt>{k}</dt><dd>{v}<small>{note}</small></dd></div>" for k, v, note in tiles)
     return f'<dl class="tiles">{cells}</dl>'
 
@@ -159,6 +179,22 @@ def _tiles(evaluation: Mapping[str, Any], dataset: Dataset) -> str:
 def _figures(
     evaluation: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], errors: "ErrorHistogram"
 ) -> Iterable[str]:
+    if _lead(evaluation) == "mae":
+        yield from _error_figures(evaluation)
+    learned = charts.curves(metrics)
+    if learned:
+        yield figure(learned, "Learning", "By epoch; the ring marks the epoch that validated best.")
+    spread = charts.errors(errors)
+    if spread:
+        yield figure(
+            spread, "Errors", "How often each signed error occurs among the test tasks' query ratings, in equal bins."
+        )
+    for svg, title, caption in factfigures.figures(evaluation.get("facts", {}), metrics):
+        yield figure(svg, title, caption)
+
+
+def _error_figures(evaluation: Mapping[str, Any]) -> Iterable[str]:
+    """The MAE of the method and of each floor, and the paired differences."""
     method, floors = evaluation["method"], evaluation["floors"]
     others = [name for name in floors if name != method]
     cohorts = _cohorts(evaluation)
@@ -180,16 +216,6 @@ def _figures(
             "Mean of the differences on the same users with its 95 % bootstrap interval. "
             "A filled mark: the interval excludes 0. An open one: it does not.",
         )
-    learned = charts.curves(metrics)
-    if learned:
-        yield figure(learned, "Learning", "By epoch; the ring marks the epoch with the lowest validation error.")
-    spread = charts.errors(errors)
-    if spread:
-        yield figure(
-            spread, "Errors", "How often each signed error occurs among the test tasks' query ratings, in equal bins."
-        )
-    for svg, title, caption in factfigures.figures(evaluation.get("facts", {}), metrics):
-        yield figure(svg, title, caption)
 
 
 def figure(svg: str, title: str, caption: str) -> str:
@@ -212,6 +238,12 @@ def _metric_tables(evaluation: Mapping[str, Any]) -> str:
         columns = {key: head for key, head in _COLUMNS.items() if key in rows[method]}
         body = [_row(name, name == method, [_show(s.get(key)) for key in columns]) for name, s in rows.items()]
         parts.append(_table(caption, ["", *columns.values()], body))
+    if _lead(evaluation) != "mae":
+        notes = (
+            "Recall@N: the share of what a user took that is among the N candidates with the highest scores; mean over"
+            " lists, one a user and scenario; tied candidates share their places."
+        )
+        return "".join([*parts, f'<p class="note">{notes}</p></section>'])
     notes = (
         "MAE, MSE and NDCG are means over tasks; “MAE, ratings” and RMSE are pooled over ratings. Predictions are "
         "clipped to the label’s range. NDCG ranks a task’s query rows: gain 2<sup>r</sup> − 1, tied predictions share "
@@ -345,6 +377,8 @@ def _by_row(evaluation: Mapping[str, Any]) -> bool:
 def _counted(summary: Mapping[str, Any]) -> str:
     if "n_rows" in summary:
         return f"{summary['n_rows']:,} query rows of {summary['n_tasks']:,} tasks, {summary['n_clips']:,} clips"
+    if "n_lists" in summary:
+        return f"{summary['n_lists']:,} lists of {summary['n_tasks']:,} scenarios"
     return f"{summary['n_tasks']:,} tasks, {summary['n_ratings']:,} query ratings"
 
 

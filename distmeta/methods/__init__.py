@@ -23,10 +23,14 @@ class Entry:
     """Defaults of the `train` section that suit this method better than the general ones."""
     clicks_only: bool = False
     """It refuses ratings."""
+    scenarios: bool = False
+    """It learns tasks that are scenarios too."""
 
 
 GRADIENT = {"lr": 2e-3, "batch_size": 32}
 """Measured on MovieLens 1M (README): small batches, and a larger step than Adam's usual one."""
+CONTEXT = {"lr": 1e-3, "batch_size": 32, "weight_decay": 1e-5}
+"""CMML's batches and weight decay (paper 002, §7.2.2, and its code), which has 30 epochs at a step of 3e-4."""
 
 METHODS: dict[str, Entry] = {
     "melu": Entry("melu", "MeLU", options.MeLU, GRADIENT),
@@ -37,6 +41,10 @@ METHODS: dict[str, Entry] = {
     "reg-paml": Entry("regpaml", "RegPAML", options.RegPAML, GRADIENT),
     "at-paml": Entry("atpaml", "ATPAML", options.ATPAML, GRADIENT),
     "mamo": Entry("mamo", "MAMO", options.MAMO, GRADIENT | {"lr": 1e-3}),
+    "cmml-linear": Entry("cmml", "CMMLLinear", options.CMML, CONTEXT, scenarios=True),
+    "cmml-sigmoid": Entry("cmml", "CMMLSigmoid", options.CMML, CONTEXT, scenarios=True),
+    "cmml-film": Entry("cmml", "CMMLFilm", options.CMMLFilm, CONTEXT, scenarios=True),
+    "cmml-softm": Entry("cmml", "CMMLSoftM", options.CMMLSoftM, CONTEXT, scenarios=True),
     "transfer": Entry("transfer", "Transfer", options.Transfer, GRADIENT),
     "constant": Entry("constant", "Constant", options.Constant),
     "itemmean": Entry("itemmean", "ItemMean", options.ItemMean),

@@ -20,7 +20,7 @@ from distmeta.adaptation.tape import Node, Records, Tape
 from distmeta.data.schema import Dataset
 from distmeta.methods.base import Method
 from distmeta.methods.heads import head
-from distmeta.networks import Decision, Embedding, Encoded, ItemPlace, UserPlace
+from distmeta.networks import Decision, Embedding, Encoded, RowPlace, UserPlace
 from distmeta.tasks import Bag, TaskBatch, TaskBlock
 
 
@@ -51,7 +51,7 @@ class GradientMethod(Method):
         """The layers that give the output, on the features of user and item side by side."""
         return Decision(self.embedding.user_width + self.embedding.item_width, self.options.hidden, self.options.wide)
 
-    def forward(self, tape: Tape, users: UserPlace, items: ItemPlace) -> Node:
+    def forward(self, tape: Tape, users: UserPlace | RowPlace, items: RowPlace) -> Node:
         """Outputs [b, R, C] of the rows at `items` for the users at `users`."""
         return self.decision(
             tape, tape.lookup(self.embedding.users(), users), tape.lookup(self.embedding.items(), items)

@@ -55,6 +55,52 @@ def head(dataset: Dataset, query_loss: str) -> Head:
     return Head(error, squared_error_delta, lambda output: output, (label.minimum + label.maximum) / 2)
 
 
+def chosen(dataset: Dataset, query_loss: str) -> Head:
+    """The head by the name of its loss; `auto`: squared for ratings, cross-entropy for clicks.
+
+    Raises:
+        UserError: a loss of ratings for clicks, or of clicks for ratings.
+    """
+    kind = dataset.label.kind
+    fit = ("cross-entropy", "hinge") if kind == "click" else ("squared", "absolute")
+    if query_loss not in ("auto", *fit):
+        raise UserError(f"--query-loss {query_loss}: the labels are {kind}s; choose auto, {fit[0]} or {fit[1]}")
+    if query_loss == "hinge":
+        return RANKING
+    return head(dataset, "absolute" if query_loss == "absolute" else "squared")
+
+
+def hinge(output: Tensor, rows: Rows) -> Tensor:
+    """Eq. 4 of paper 002, margin 1: each positive row against the negative ones: [b] from outputs [b, R].
+
+    The pair has the same user: the task's own, or the rows' where tasks are scenarios. A positive's pairs are averaged,
+    then the positives that have any; 0 for a task without. Where a user has one positive and one negative, as a
+    rule in scenarios, these are the pairs of s²Meta's code.
+    """
+    gaps = torch.relu(1 - output.unsqueeze(2) + output.unsqueeze(1))
+    return (gaps * _pairs(rows, output.dtype)).sum((1, 2))
+
+
+def hinge_delta(output: Tensor, rows: Rows) -> Tensor:
+    """∂ hinge / ∂ output: [b, R]; 0 on padding."""
+    broken = _pairs(rows, output.dtype) * (output.unsqueeze(2) - output.unsqueeze(1) < 1)
+    return broken.sum(1) - broken.sum(2)
+
+
+def _pairs(rows: Rows, dtype: torch.dtype) -> Tensor:
+    """Weight [b, R, R] of each pair of a positive row and a negative one, and of the same user; their sum is 1 or 0."""
+    clicked = rows.label > 0.5
+    pairs = (rows.mask & clicked).unsqueeze(2) & (rows.mask & ~clicked).unsqueeze(1)
+    if rows.user is not None:
+        pairs = pairs & (rows.user.unsqueeze(2) == rows.user.unsqueeze(1))
+    each = pairs.to(dtype) / pairs.sum(2, keepdim=True).clamp(min=1)
+    return each / pairs.any(2).sum(1).clamp(min=1)[:, None, None]
+
+
+RANKING = Head(hinge, hinge_delta, lambda output: torch.sigmoid(output.double()), 0.0)
+"""To rank by. What is predicted is no probability; in double precision, so that large outputs keep their order."""
+
+
 def classes(label: Label, query_loss: str) -> Head:
     """One output for each whole rating: cross-entropy of their softmax; predicted is the expected rating.
 

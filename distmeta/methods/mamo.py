@@ -31,7 +31,7 @@ from distmeta.memory.attentive import PROFILE, Attentive, Factors, written
 from distmeta.memory.base import Memory
 from distmeta.methods.gradient import LayerRates
 from distmeta.methods.heads import classes
-from distmeta.networks import Decision, Encoded, ItemPlace, UserPlace, wide_path
+from distmeta.networks import Decision, Encoded, RowPlace, UserPlace, wide_path
 from distmeta.tasks import Bag, Rows, TaskBatch, TaskBlock
 
 SLOPE = 0.01
@@ -72,7 +72,7 @@ class MAMO(LayerRates):
         more = [m for m in (self.preference, self.wide) if m is not None]
         return [*self._users, *self._items, *self.decision, *more]
 
-    def forward(self, tape: Tape, users: UserPlace, items: ItemPlace) -> Node:
+    def forward(self, tape: Tape, users: UserPlace | RowPlace, items: RowPlace) -> Node:
         p_u = tape.lookup(self.embedding.users(), users)
         p_i = tape.lookup(self.embedding.items(), items)
         e_u, e_i = p_u, p_i

@@ -206,6 +206,94 @@ class MAMO(Gradient):
 
 
 @dataclass(frozen=True)
+class CMML:
+    """Adapts without a gradient: the support is encoded to a context that modulates the network."""
+
+    sizes: str = option(
+        "user",
+        "The paper's sizes to take where none is given: user (its §7.2.2: mean encoder 64, backbone 64 64, hypernetwork"
+        " 256), scenario (§7.2.1: gru of 256 and 256, 64 64 64, 64) or text (§4.1.4: gru of 128 and 128 128, 64 64 64,"
+        " 64).",
+        ("user", "scenario", "text"),
+    )
+    embedding: int = option(32, "Width of a field's embedding.", least=1)
+    embedding_std: float = option(0.1, "Standard deviation that the embeddings start with.", above=0)
+    item_ids: bool = option(False, "Use the item's id as a feature too; the papers use content alone.")
+    user_ids: bool = option(False, "Scenarios: use the user's id as a feature too.")
+    hidden: tuple[int, ...] = option((), "Widths of the backbone's hidden layers; by default as --sizes.", least=1)
+    leaky: float = option(0.01, "Slope of the backbone's ReLU below 0; the paper's text has 0.", least=0)
+    encoder: str = option(
+        "auto",
+        "What makes the support a context: mean or max of an MLP on its rows, or a gru or lstm over them in time order;"
+        " auto: as --sizes.",
+        ("auto", "mean", "max", "gru", "lstm"),
+    )
+    encoder_hidden: tuple[int, ...] = option(
+        (), "Hidden layers of the encoder's MLP, before mean or max, after gru or lstm; by default as --sizes.", least=1
+    )
+    units: int = option(0, "Units of the gru or lstm; 0: as --sizes (user: 64).", least=0)
+    labels: str = option(
+        "embedding",
+        "What the encoder sees of a support label: an embedding of it (the authors' code), its value, or none.",
+        ("embedding", "value", "none"),
+    )
+    positives: bool = option(
+        False,
+        "The context leaves out support rows whose label is not above the middle of its range: the paper's ablation"
+        " Non-negative.",
+    )
+    detach: bool = option(
+        False, "The encoder does not teach the embeddings, as in the authors' code; the prediction alone does."
+    )
+    hybrid: str = option(
+        "dot",
+        "How the context meets a row's own features: none, their product (dot), or a layer on both (mlp).",
+        ("none", "dot", "mlp"),
+    )
+    hyper: int = option(0, "Width of the hypernetwork's layers; 0: as --sizes. The paper has 128 for Taobao.", least=0)
+    hyper_bias: float = option(
+        0.0, "What the hypernetwork's biases start from; the paper has 0 and, for MovieLens, .1."
+    )
+    hidden_support: float = option(
+        0.02,
+        "Share of the training tasks whose support is hidden, so that a user with nothing at all is predicted too.",
+        least=0,
+        most=1,
+    )
+    query_loss: str = option(
+        "auto",
+        "Query loss: of ratings squared (auto) or absolute, of clicks cross-entropy (auto) or hinge, which is also auto"
+        " of scenarios: each positive row against the negative ones of the same user.",
+        ("auto", "squared", "absolute", "cross-entropy", "hinge"),
+    )
+
+
+@dataclass(frozen=True)
+class CMMLFilm(CMML):
+    """The context scales and shifts the units of each layer."""
+
+    one_plus: bool = option(
+        True, "Scale units by 1 + the generated weights; as printed and in the authors' code, by the weights alone."
+    )
+
+
+@dataclass(frozen=True)
+class CMMLSoftM(CMML):
+    """The context chooses routes through small modules."""
+
+    embedding_std: float = option(
+        0.4,
+        "Standard deviation that the embeddings start with; from .1 the routes hardly part within ten epochs.",
+        above=0,
+    )
+    modules: int = option(4, "Modules of a layer.", least=1)
+    module_width: int = option(32, "Units of a module.", least=1)
+    module_layers: int = option(
+        0, "Layers of modules; 0: as many as the backbone has hidden layers (--sizes user 2, else 3).", least=0
+    )
+
+
+@dataclass(frozen=True)
 class Transfer(Network):
     """Trained jointly on all rows of all tasks, fine-tuned on a new user's support."""
 

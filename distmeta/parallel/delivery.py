@@ -66,9 +66,11 @@ def _reader(table: TaskTable, part: Part, columns: Sequence[str]) -> Callable[[]
 
 
 def _columns(table: TaskTable) -> list[str]:
-    """What a worker may ask for: all but the user's index and the times, which only protocols look at."""
+    """What a worker may ask for: all but the times and the user's index, which only protocols look at (and, of the
+    users of a scenario's rows, methods)."""
+    unasked = ("time",) if table.scenarios else ("user", "time")
     rows = [ROW_COHORT] if table.row_cohorts else []
-    return [*(name for name in table.columns() if name not in ("user", "time")), *rows]
+    return [*(name for name in table.columns() if name not in unasked), *rows]
 
 
 def read(table: TaskTable, parts: Sequence[Part], columns: Sequence[str]) -> Dataset:
@@ -115,7 +117,7 @@ def materialise(table: TaskTable, dataset: dataset_schema.Dataset, memory: int, 
 
 def _bytes(table: TaskTable, dataset: dataset_schema.Dataset, split: str) -> int:
     count = table.counts[split]
-    return pools.estimate(count["tasks"], count["rows"], dataset)
+    return pools.estimate(count["tasks"], count["rows"], dataset, table.scenarios)
 
 
 def sentence(e: BaseException | None) -> UserError | RunError | None:

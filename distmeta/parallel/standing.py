@@ -88,6 +88,10 @@ class Words:
             at_epoch = (at.best_step or 0) // max(self.steps, 1)
             best = f" (best {number(at.best or 0.0)} at {at_epoch})" if self.learned else ""
             parts.append(f"valid mae {number(row['valid_mae'])}{best}")
+        if "valid_recall@10" in row:
+            at_epoch = (at.best_step or 0) // max(self.steps, 1)
+            best = f" (best {number(1 - (at.best or 0.0))} at {at_epoch})" if self.learned else ""
+            parts.append(f"valid recall@10 {number(row['valid_recall@10'])}{best}")
         parts.append(self._speed(at, learning))
         if self.learned and not over:
             parts.append(f"ETA {clock(self._eta(at, epoch, 0))}")

@@ -23,6 +23,7 @@ from distmeta.data.loader import Loader, read_items
 from distmeta.data.schema import Dataset, Label
 from distmeta.data.tasktable import TaskTable
 from distmeta.errors import Diverged, RunError, UserError
+from distmeta.evaluation import lists
 from distmeta.exchange import Exchange
 from distmeta.methods.base import Method, fit_closed_form
 from distmeta.parallel import checkpoint as checkpoints
@@ -92,7 +93,8 @@ def train(
         shared["memory"] = o.memory_mb << 20
         drawn = dataclasses.replace(table, query_rows=o.query_rows or table.query_rows)
         tasks = Loader(drawn, dataset, "train", o.batch_size, redraw=o.redraw_query, **shared)
-        valid = Loader(table, dataset, "valid", o.batch_size, redraw=False, **shared)
+        at_once = lists.BATCH if table.scenarios else o.batch_size
+        valid = Loader(table, dataset, "valid", at_once, redraw=False, **shared)
         for loader in (tasks, valid):
             if loader.note and exchange.rank == 0:
                 log(loader.note)
@@ -310,14 +312,16 @@ class _Training:
         """
         state, learning = self.progress, self.times.learning()
         workers = together(self.exchange.gather(self.times.packed()))
+        ranked = self.valid.table.scenarios
         line = {
             "epoch": self.epoch + 1,
             "step": self.step,
             "seconds": sum(state.phases.values()),
             "tasks_per_s": state.tasks / learning if learning else 0.0,
             "train_loss": state.loss / state.tasks if state.tasks and not self.method.sweeps else None,
-            "valid_mae": mae if math.isfinite(mae) else None,
-            "valid_mse": mse if math.isfinite(mse) else None,
+            "valid_mae": mae if math.isfinite(mae) and not ranked else None,
+            "valid_mse": mse if math.isfinite(mse) and not ranked else None,
+            **({"valid_recall@10": 1 - mae, "valid_recall@50": 1 - mse} if ranked and math.isfinite(mae) else {}),
             "lr": self.update.rate(self.step - 1) if self.update else None,
             "wait_s": state.wait,
             **{f"{k}_s": v for k, v in state.phases.items()},

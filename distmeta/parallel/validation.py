@@ -2,13 +2,15 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from distmeta.data.schema import Label
 from distmeta.errors import UserError
+from distmeta.evaluation.lists import frame
 from distmeta.exchange import Exchange
 from distmeta.methods.base import Method
 from distmeta.storage import Location
@@ -20,7 +22,7 @@ def validate(
 ) -> tuple[float, float]:
     """Mean over all workers' tasks of the per-task MAE and MSE of predictions clipped to the label's range.
 
-    (nan, nan) where there are no tasks.
+    Of scenarios: mean over lists of 1 − Recall@10 and 1 − Recall@50. (nan, nan) where there are no tasks.
     """
     method.eval()
     sums = torch.zeros(3, dtype=torch.float64)
@@ -28,6 +30,9 @@ def validate(
         for batch in batches:
             batch = batch.to(device)
             scores = method.predict(method.adapt(batch), batch)
+            if batch.users is not None:
+                sums += _missed(batch, scores)
+                continue
             for block, score in zip(batch, scores, strict=True):
                 mask = block.query.mask
                 clipped = score.clamp(label.minimum, label.maximum)
@@ -40,6 +45,14 @@ def validate(
     exchange.sum(sums)
     mae, mse, count = sums.tolist()
     return (mae / count, mse / count) if count else (math.nan, math.nan)
+
+
+def _missed(batch: TaskBatch, scores: Sequence[Tensor]) -> Tensor:
+    """Sums over a batch's lists of 1 − Recall@10 and of 1 − Recall@50, and their number; NaN scores give NaN."""
+    finite = all(bool((s.isfinite() | ~block.query.mask).all()) for block, s in zip(batch, scores, strict=True))
+    lists = frame(lambda _: scores, [batch])
+    missed = [float((1 - lists[name]).sum()) if finite else math.nan for name in ("recall@10", "recall@50")]
+    return torch.tensor([*missed, len(lists)], dtype=torch.float64)
 
 
 def read_metrics(run: Location) -> list[dict[str, Any]]:

@@ -73,7 +73,7 @@ def _work(settings: dict[str, Any], exchange: TorchExchange, log: Any) -> dict[s
         raise UserError(f"{place}: {where} does not see this dataset; put it on storage that all nodes share")
     table = TaskTable.open(Location.of(settings["table"]))
     table = DeliveredTable(**vars(table), delivered=frozenset(settings["delivered"]))
-    dataset, outcome = Dataset.open(place), None
+    dataset, outcome = table.seen(Dataset.open(place)), None
     if settings["servers"]:
         exchange.servers = RayServers(settings["servers"], exchange, config.train.exchange_timeout)
     if settings["learn"]:

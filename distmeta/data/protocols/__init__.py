@@ -8,18 +8,32 @@ chunk: a part bounds the memory. One file a protocol; base.py has what they shar
 from typing import Any
 
 from distmeta.config import DataOptions
-from distmeta.data.protocols.base import DRAWN, KINDS, QUERY, SCHEMA, SPLITS, SUPPORT, Plan, Protocol, Source, read_text
+from distmeta.data.protocols.base import (
+    DRAWN,
+    KINDS,
+    OFFERED,
+    QUERY,
+    SCHEMA,
+    SPLITS,
+    SUPPORT,
+    Plan,
+    Protocol,
+    Source,
+    read_text,
+)
 from distmeta.data.protocols.cmml import CMML_USER
 from distmeta.data.protocols.hml import HML
 from distmeta.data.protocols.mamo import MAMO
 from distmeta.data.protocols.melu import MELU
 from distmeta.data.protocols.paml import PAML
+from distmeta.data.protocols.scenario import CMML_SCENARIO
 from distmeta.errors import UserError
 from distmeta.fields import nearest
 
 __all__ = [
     "DRAWN",
     "KINDS",
+    "OFFERED",
     "PROTOCOLS",
     "QUERY",
     "SCHEMA",
@@ -33,7 +47,7 @@ __all__ = [
     "read_text",
 ]
 
-PROTOCOLS: dict[str, Protocol] = {p.name: p for p in (CMML_USER, MELU, MAMO, PAML, HML)}
+PROTOCOLS: dict[str, Protocol] = {p.name: p for p in (CMML_USER, CMML_SCENARIO, MELU, MAMO, PAML, HML)}
 
 
 def protocol(name: str) -> Protocol:

@@ -18,11 +18,12 @@ from distmeta.storage import Location
 SPLITS = ("train", "valid", "test", "seen")
 """`seen` holds training tasks again, for protocols that also evaluate on the tasks trained on."""
 
-SUPPORT, QUERY, DRAWN = 0, 1, 2
-"""Roles of a row. DRAWN: support or query, drawn anew by the loader each epoch."""
+SUPPORT, QUERY, DRAWN, OFFERED = 0, 1, 2, 3
+"""Roles of a row. DRAWN: support or query, drawn anew by the loader each epoch. OFFERED: a candidate of a scenario that
+no other row of the task has; its user is −1."""
 
 KINDS = 8
-"""Task id = user · KINDS + kind, so that one user can have several tasks."""
+"""Task id = user (or scenario) · KINDS + kind, so that one user can have several tasks."""
 
 TRAIN, VALID, NEW = 0, 1, 2
 """What becomes of a user (`Plan.group`) in every protocol; each may add codes of its own."""
@@ -59,8 +60,12 @@ class Source:
     vocabulary: Callable[[str], pl.Series]
     """What the indices of a user field stand for; the first, the unknown value, is null."""
     chunks: Callable[[], Iterator[pl.DataFrame]]
-    """One pass over the interactions: user, item, label, time, of whole users by (user, time). A plan that
-    makes a pass keeps what it counts by user and by item, never rows."""
+    """One pass over the interactions: user, item, label, time (and scenario, where the dataset has its own), of whole
+    users by (user, time). A plan that makes a pass keeps what it counts by user and by item, never rows."""
+    field: Callable[[str], pl.DataFrame]
+    """An item field that is not numeric -> item, value: one row a known value of an item, as text."""
+    scenarios: Callable[[], pl.Series]
+    """The names of the dataset's own scenarios."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +75,17 @@ class Plan:
     split_seed: int
     options: Mapping[str, Any]
     group: NDArray[np.int8]
-    """[users]: what becomes of each user, TRAIN, VALID, NEW or a code of the protocol's own."""
+    """[users] or [scenarios]: what becomes of each, TRAIN, VALID, NEW or a code of the protocol's own."""
     cold_items: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
     """[items]: cold items, where the protocol has them."""
     cohort: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
     """[users]: which of two kinds of users each is, where the protocol tells them apart."""
     notes: dict[str, str] = field(default_factory=dict)
     """What was decided from the data, in words; the task table's manifest keeps it."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Why -> how many were left out already."""
+    more: Any = None
+    """What else the protocol's tasks need."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,10 @@ class Protocol:
     """Cohorts of query rows, for protocols that report by row and not by task."""
     compared: tuple[tuple[str, str], ...] = ()
     """Pairs of cohorts whose users' errors a t-test compares; their names have no hyphen."""
+    chunks: Callable[[Source, Plan], Iterator[pl.DataFrame]] | None = None
+    """What `tasks` is called with in turn, where tasks are scenarios; none: tasks are users, it gets whole users."""
+    sizes: Callable[[Mapping[str, Any]], Mapping[str, int]] = lambda options: {}
+    """Options -> query_rows, episode_rows and draws of the task table, where they depend on them."""
 
 
 def lowest(keys: NDArray[np.uint64], count: int, among: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:

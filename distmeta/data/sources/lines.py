@@ -153,7 +153,11 @@ def known(
 
 
 def last_of_pairs(interactions: pl.DataFrame) -> tuple[pl.DataFrame, int]:
-    """Each (user, item)'s last row by time (of equal times the later row), in file order; how many went."""
+    """Each (user, item)'s last row by time (of equal times the later row), in file order; how many went.
+
+    Where rows have a scenario: each (user, item, scenario)'s.
+    """
     numbered = interactions.with_row_index("_row")
-    kept = numbered.sort("time", "_row").unique(["user", "item"], keep="last").sort("_row").drop("_row")
+    keys = [name for name in ("user", "item", "scenario") if name in interactions.columns]
+    kept = numbered.sort("time", "_row").unique(keys, keep="last").sort("_row").drop("_row")
     return kept, interactions.height - kept.height

@@ -20,6 +20,7 @@ EXAMPLE = """\
 name: shop
 label: {kind: rating, minimum: 1, maximum: 5}     # or {kind: click}: every label 0 or 1
 interactions: {file: ratings.parquet, user: uid, item: sku, label: stars, time: at}
+# and, where the log says in which scenario (a market, a theme) a row took place: scenario: market
 users:                                            # optional, as is items
   file: people.csv
   key: uid
@@ -57,6 +58,7 @@ class _Interactions:
     item: str = option("item", "Column of the item's id.")
     label: str = option("label", "Column of the label.")
     time: str = option("", "Column of the time: whole seconds, or a date and time. Absent: row order.")
+    scenario: str = option("", "Column that names the scenario (a market, a theme) that a row took place in.")
 
 
 @dataclass(frozen=True)
@@ -139,11 +141,12 @@ def _need(section: Any, keys: tuple[str, ...], where: str) -> None:
 
 
 def _interactions(spec: Location, section: dict, raw: Location, label: Label) -> tuple[pl.DataFrame, Location]:
-    """Columns user, item (strings), label (float32), time (int64 seconds), and the file they came from."""
+    """Columns user, item (strings), label (float32), time (int64 seconds), maybe scenario (string), and their file."""
     s = build(_Interactions, section, f"{spec}: interactions")
     _need(s, ("file",), f"{spec}: interactions")
     file = raw / s.file
-    roles = {"user": s.user, "item": s.item, "label": s.label, **({"time": s.time} if s.time else {})}
+    roles = {"user": s.user, "item": s.item, "label": s.label, "time": s.time, "scenario": s.scenario}
+    roles = {role: column for role, column in roles.items() if column}
     columns = list(roles.values())
     for role, column in roles.items():
         first = next(r for r, c in roles.items() if c == column)
@@ -163,7 +166,8 @@ def _interactions(spec: Location, section: dict, raw: Location, label: Label) ->
     refuse(~good, file, lambda i: f"{s.label} is {labels[i]:g}, not within {need}; mend the row, or "
            f"the label's range in {spec}", unit="row")  # fmt: skip
     time = _seconds(frame[s.time], file) if s.time else pl.int_range(frame.height, dtype=pl.Int64, eager=True)
-    return pl.DataFrame({"user": user, "item": item, "label": labels.cast(pl.Float32), "time": time}), file
+    rows = pl.DataFrame({"user": user, "item": item, "label": labels.cast(pl.Float32), "time": time})
+    return rows.with_columns(_ids(frame[s.scenario], file).alias("scenario")) if s.scenario else rows, file
 
 
 def _side(

@@ -1,0 +1,1 @@
+"""Methods outside of training: exported as graphs."""

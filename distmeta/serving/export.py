@@ -1,0 +1,153 @@
+"""A trained feed-forward method as one graph of torch.export, from a support and candidates to their scores.
+
+This is CMML's point (paper 002, §3.5): what is served holds no gradient, no inner loop and none of this package's code.
+The number of users, of support rows and of candidates are free; so are the values of a user's multi-hot fields.
+
+    program = exported(method)
+    torch.export.save(program, "cmml.pt2")
+    scores = torch.export.load("cmml.pt2").module()(*inputs)  # what they are, Served.forward says
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, export
+from torch.nn import functional as F
+
+from distmeta.errors import UserError
+from distmeta.methods import METHODS, method_class
+from distmeta.methods.base import Method
+from distmeta.methods.cmml import CMML
+from distmeta.methods.contexts import Recurrent
+from distmeta.tasks import Bag, Rows, TaskBatch, TaskBlock
+
+User = dict[str, tuple[Tensor, ...]]
+"""Field name -> (index int64 [b, M],) of a categorical field, (index, weight float [b, M]) of another, as in a Bag."""
+
+People = tuple[Tensor, Tensor, Tensor]
+"""Of scenarios: user indices of the dataset int64 [V], and whose each support row [b, S] and each candidate [b, Q] is,
+int64 positions in those."""
+
+
+class Served(nn.Module):
+    """`adapt` and `predict` of a method in one forward pass over tensors alone.
+
+    Raises:
+        UserError: the method needs gradients or statistics to adapt; names those that can be exported.
+    """
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        if not isinstance(method, CMML):
+            able = " ".join(name for name in METHODS if issubclass(method_class(name), CMML))
+            raise UserError(
+                f"{method.name} adapts by gradients or in closed form, not in one graph; export one of {able}"
+            )
+        self.method = copy.deepcopy(method).eval().requires_grad_(False)
+        if isinstance(self.method.encoder, Recurrent):
+            self.method.encoder = Scanned(self.method.encoder)
+
+    def forward(
+        self,
+        user: User,
+        support_item: Tensor,
+        support_label: Tensor,
+        support_mask: Tensor,
+        candidate: Tensor,
+        people: People | None = None,
+    ) -> Tensor:
+        """Scores [b, Q].
+
+        Args:
+            user: the users' fields, of scenarios those of its V users; what the method does not use may be there too.
+            support_item: item indices of the dataset, int64 [b, S], in time order, padding last.
+            support_label: float [b, S]. support_mask: bool [b, S]; all false for a user with nothing.
+            candidate: item indices, int64 [b, Q].
+            people: the users of the rows, where tasks are scenarios.
+        """
+        m = self.method
+        items = torch.cat([support_item.flatten(), candidate.flatten()])
+        place = torch.arange(items.shape[0], device=items.device)
+        n = support_item.numel()
+        users, support_user, candidate_user = people or (None, None, None)
+        support = Rows(place[:n].view_as(support_item), support_label, support_mask, support_user)
+        unknown = torch.zeros_like(candidate)
+        query = Rows(place[n:].view_as(candidate), unknown, unknown, candidate_user)  # their items alone are looked at
+        bags = {name: Bag(values[0], values[1] if len(values) > 1 else None) for name, values in user.items()}
+        block = TaskBlock(support_mask[:, :1], {} if people else bags, support, query)
+        encoded = m.embedding.encode(TaskBatch(items, (block,), users=users, user_fields=bags if people else {}))
+        return m.head_of(block).score(m.outputs(block, encoded, m.context(block, encoded)))
+
+
+class Scanned(Recurrent):
+    """A trained Recurrent whose recurrence is a scan, as nn.GRU and nn.LSTM are unrolled over a fixed length."""
+
+    def __init__(self, trained: Recurrent) -> None:
+        nn.Module.__init__(self)
+        self.cell, self.layers = trained.cell, trained.layers
+
+    def state(self, x: Tensor, mask: Tensor) -> Tensor:
+        from torch._higher_order_ops.scan import scan
+
+        c: Any = self.cell
+        # copies: a scan may not close over parameters
+        weight, bias = c.weight_hh_l0.clone(), c.bias_hh_l0.clone()
+        z = F.linear(x, c.weight_ih_l0, c.bias_ih_l0).transpose(0, 1)
+        cell = _lstm if isinstance(c, nn.LSTM) else _gru
+
+        def step(state: list[Tensor], row: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+            new = cell(state, row[0], F.linear(state[0], weight, bias))
+            kept = [torch.where(row[1], n, old) for n, old in zip(new, state, strict=True)]
+            return kept, row[1].clone()  # a scan must put something out
+
+        start = [x.new_zeros(x.shape[0], c.hidden_size) for _ in range(2 if cell is _lstm else 1)]
+        (state, *_), _ = scan(step, start, [z, mask.t().unsqueeze(-1)])
+        return state
+
+
+def _gru(state: list[Tensor], input_: Tensor, recurrent: Tensor) -> list[Tensor]:
+    (r, z, n), (hr, hz, hn) = input_.chunk(3, -1), recurrent.chunk(3, -1)
+    z, n = torch.sigmoid(z + hz), torch.tanh(n + torch.sigmoid(r + hr) * hn)
+    return [n + z * (state[0] - n)]
+
+
+def _lstm(state: list[Tensor], input_: Tensor, recurrent: Tensor) -> list[Tensor]:
+    i, f, g, o = (input_ + recurrent).chunk(4, -1)
+    c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
+    return [torch.sigmoid(o) * torch.tanh(c), c]
+
+
+def example(method: Method, scenarios: bool, users: int = 3, support: int = 5, candidates: int = 7) -> tuple[Any, ...]:
+    """Inputs of `Served.forward` of these sizes, all zeros but the mask."""
+    like = next(method.parameters())
+    user: User = {}
+    for f in method.dataset.user_fields:
+        width = 2 if f.type == "multi_categorical" else 1
+        index = torch.zeros(users, width, dtype=torch.int64, device=like.device)
+        user[f.name] = (index,) if f.type == "categorical" else (index, index.to(like.dtype))
+    item = torch.zeros(users, support, dtype=torch.int64, device=like.device)
+    candidate, mask = item.new_zeros(users, candidates), torch.ones_like(item, dtype=torch.bool)
+    inputs = user, item, item.to(like.dtype), mask, candidate
+    # clones: one tensor twice would be one input of the graph
+    return (*inputs, (item.new_zeros(users), item.clone(), candidate.clone())) if scenarios else inputs
+
+
+@torch.no_grad()
+def exported(method: Method, scenarios: bool = False) -> ExportedProgram:
+    """The method as one graph; UserError where it cannot be one.
+
+    Args:
+        scenarios: the tasks that it serves are scenarios, whose rows have users of their own.
+    """
+    served, inputs = Served(method), example(method, scenarios)
+    b, s, q = Dim("users"), Dim("support"), Dim("candidates")
+    one = Dim("people") if scenarios else b
+    user = {}
+    for i, f in enumerate(method.dataset.user_fields):
+        shape = {0: one, 1: Dim(f"values{i}")} if f.type == "multi_categorical" else {0: one}
+        user[f.name] = (shape,) * len(inputs[0][f.name])
+    rows, candidates = {0: b, 1: s}, {0: b, 1: q}
+    shapes: tuple[Any, ...] = (user, rows, rows, rows, candidates)
+    return export(served, inputs, dynamic_shapes=(*shapes, ({0: one}, rows, candidates)) if scenarios else shapes)

@@ -58,6 +58,8 @@ class Backbone(nn.Module):
         self.slope, self.start = options.leaky, start
         self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise([d, *options.hidden]))
         self.wide = wide_path(d, 1) if options.wide else None
+        if self.wide is not None and options.hybrid == "dot":
+            nn.init.ones_(self.wide.weight)  # the inner product of C and the row, as matrix factorisation has it
 
     def forward(self, x: Features, hybrid: Features) -> Tensor:
         """Outputs [b, R] of rows with features x and hybrid context C_h, both [b, R, d]."""

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distmeta.adaptation.features import Dense, Features, Part, PerTask
+from distmeta.adaptation.features import Dense, Features, Gathered, Part, PerTask, Unique, total
 from distmeta.adaptation.maps import Linear
 from distmeta.adaptation.products import affine
 from distmeta.data.schema import Label as Range
+from distmeta.methods.recurrence import Packing, states
 from distmeta.tasks import Rows
 
 LABEL_WIDTH = 64
@@ -53,10 +54,15 @@ class Label(nn.Module):
 
     def parts(self, rows: Rows) -> list[Part]:
         """What stands beside the embeddings of the rows: one part [b, S, width], or none."""
-        y = self.scaled(rows).unsqueeze(-1)
-        if self.layer is not None:
-            return [Dense(torch.relu(linear(self.layer, y)))]
-        return [Dense(y)] if self.width else []
+        if not self.width:
+            return []
+        y, layer = self.scaled(rows), self.layer
+        if layer is None:
+            return [Dense(y.unsqueeze(-1))]
+        if torch.compiler.is_compiling():  # how many different ones there are would be a size of the graph
+            return [Dense(torch.relu(linear(layer, y.unsqueeze(-1))))]
+        each, which = torch.unique(y, return_inverse=True)  # few: a rating's steps
+        return [Gathered(Unique(torch.relu(linear(layer, each.unsqueeze(-1)))), which)]
 
     def positive(self, rows: Rows) -> Rows:
         """The rows whose label is above the middle of its range, moved to the front in their order (paper 002, §4.4,
@@ -103,16 +109,25 @@ class Recurrent(nn.Module):
     def forward(self, x: Features, mask: Tensor) -> Tensor:
         """C [b, out] of rows x [b, S, d]."""
         first, *others = self.layers
-        c = linear(first, self.state(x.dense(), mask))
+        c = linear(first, self.state(x, mask))
         for layer in others:
             c = linear(layer, torch.relu(c))
         return c
 
-    def state(self, x: Tensor, mask: Tensor) -> Tensor:
-        """The state [b, units] after each task's last row; what it passes over as padding comes after that."""
-        states, _ = self.cell(F.pad(x, (0, 0, 0, 1)))  # a row more, as there may be none
-        last = (mask.sum(1) - 1).clamp(min=0)
-        return states.gather(1, last[:, None, None].expand(-1, 1, states.shape[2])).squeeze(1)
+    def state(self, x: Features, mask: Tensor) -> Tensor:
+        """The state [b, units] after each task's last row; 0 where it has none."""
+        packing = Packing.of(mask)
+        z = self.inputs(x.at(packing.task, packing.row)).squeeze(0)
+        c = self.cell
+        kind = "lstm" if isinstance(c, nn.LSTM) else "gru"
+        ends = states(kind, z, c.weight_hh_l0, c.bias_hh_l0, packing)[packing.last]
+        return ends.new_zeros(len(mask), c.hidden_size).index_copy(0, packing.tasks, ends)
+
+    def inputs(self, x: Features) -> Tensor:
+        """What the gates get of rows x [b, R, d], the input's biases included: [b, R, gates · units]."""
+        whole: Any = self.cell.weight_ih_l0
+        slices = zip(x.parts, whole.split([p.width for p in x.parts], 1), x.starts, strict=True)
+        return total([self.cell.bias_ih_l0, *(p.product(w.t(), whole, first) for p, w, first in slices)])
 
 
 def encoder(kind: str, d: int, units: int, hidden: Sequence[int], out: int) -> Pooling | Recurrent:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.nn import functional as F
 
+from distmeta.adaptation.features import Features
 from distmeta.errors import UserError
 from distmeta.methods import METHODS, method_class
 from distmeta.methods.base import Method
@@ -88,13 +89,13 @@ class Scanned(Recurrent):
         nn.Module.__init__(self)
         self.cell, self.layers = trained.cell, trained.layers
 
-    def state(self, x: Tensor, mask: Tensor) -> Tensor:
+    def state(self, x: Features, mask: Tensor) -> Tensor:
         from torch._higher_order_ops.scan import scan
 
         c: Any = self.cell
         # copies: a scan may not close over parameters
         weight, bias = c.weight_hh_l0.clone(), c.bias_hh_l0.clone()
-        z = F.linear(x, c.weight_ih_l0, c.bias_ih_l0).transpose(0, 1)
+        z = self.inputs(x).transpose(0, 1)
         cell = _lstm if isinstance(c, nn.LSTM) else _gru
 
         def step(state: list[Tensor], row: list[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -102,7 +103,7 @@ class Scanned(Recurrent):
             kept = [torch.where(row[1], n, old) for n, old in zip(new, state, strict=True)]
             return kept, row[1].clone()  # a scan must put something out
 
-        start = [x.new_zeros(x.shape[0], c.hidden_size) for _ in range(2 if cell is _lstm else 1)]
+        start = [z.new_zeros(z.shape[1], c.hidden_size) for _ in range(2 if cell is _lstm else 1)]
         (state, *_), _ = scan(step, start, [z, mask.t().unsqueeze(-1)])
         return state
 

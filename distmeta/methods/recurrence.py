@@ -1,10 +1,10 @@
 """GRU and LSTM over ragged sequences, without a step on padding and with a reverse pass of their own.
 
 torch's modules unroll over the longest sequence on a CPU, and autograd then walks through a dozen nodes a step. Here
-the rows lie packed: all tasks' first rows, then all second ones and so on, the longest task first, so that the k_t tasks
-that have a row t are a slice. A step forward is one product and the gates. Backward, whatever does not depend on what
-comes from later steps is formed for all rows at once, which leaves a step one product and two passes; the gradient of
-the recurrent weights is one product over all rows.
+the rows lie packed: all tasks' first rows, then all second ones and so on, the longest task first, so that the k_t
+tasks that have a row t are a slice. A step forward is one product and the gates. Backward, whatever does not depend on
+what comes from later steps is formed for all rows at once, which leaves a step one product and two passes; the gradient
+of the recurrent weights is one product over all rows.
 
 Shape letters: b tasks, S rows of the longest, N rows in all, h units, g gates (3 of a GRU, 4 of an LSTM).
 """

@@ -68,7 +68,9 @@ class Label(nn.Module):
         """The rows whose label is above the middle of its range, moved to the front in their order (paper 002, §4.4,
         Non-negative)."""
         kept = self.scaled(rows) > 0
-        order = torch.argsort((~kept).to(torch.uint8), dim=1, stable=True)
+        s = kept.shape[1]
+        # keys that differ: ONNX has no stable sort
+        order = torch.argsort(torch.arange(s, device=kept.device) + s * (~kept).long(), dim=1)
         user = None if rows.user is None else rows.user.gather(1, order)
         return Rows(rows.item.gather(1, order), rows.label.gather(1, order), kept.gather(1, order), user)
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
-from torch.nn import functional as F
 
 from distmeta.adaptation.features import Features
 from distmeta.data.schema import Dataset
@@ -102,18 +101,18 @@ class Scanned(Recurrent):
 
         c: Any = self.cell
         # copies: a scan may not close over parameters
-        weight, bias = c.weight_hh_l0.clone(), c.bias_hh_l0.clone()
+        weight, bias = c.weight_hh_l0.t().clone(), c.bias_hh_l0.clone()
         z = self.inputs(x).transpose(0, 1)
         cell = _lstm if isinstance(c, nn.LSTM) else _gru
 
-        def step(state: list[Tensor], row: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-            new = cell(state, row[0], F.linear(state[0], weight, bias))
-            kept = [torch.where(row[1], n, old) for n, old in zip(new, state, strict=True)]
-            return kept, row[1].clone()  # a scan must put something out
+        def step(state: list[Tensor], row: Tensor) -> tuple[list[Tensor], Tensor]:
+            new = cell(state, row, torch.addmm(bias, state[0], weight))
+            return new, new[0].clone()
 
         start = [z.new_zeros(z.shape[1], c.hidden_size) for _ in range(2 if cell is _lstm else 1)]
-        (state, *_), _ = scan(step, start, [z, mask.t().unsqueeze(-1)])
-        return state
+        _, states = scan(step, start, z)
+        last = (mask.sum(1) - 1).clamp(min=0)  # what follows is padding
+        return states.gather(0, last[None, :, None].expand(1, -1, c.hidden_size)).squeeze(0)
 
 
 def _gru(state: list[Tensor], input_: Tensor, recurrent: Tensor) -> list[Tensor]:

@@ -19,11 +19,15 @@ from distmeta.errors import UserError
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
+def missing() -> list[str]:
+    """Packages of the extra that are not installed."""
+    return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+
+
 def check_installed() -> None:
     """UserError where a package of the extra is missing."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"--onnx needs {' and '.join(missing)}; install the extra: pip install 'distmeta[onnx]'")
+    if absent := missing():
+        raise UserError(f"--onnx needs {' and '.join(absent)}; install the extra: pip install 'distmeta[onnx]'")
 
 
 def converted(program: ExportedProgram, names: Sequence[str]) -> bytes:

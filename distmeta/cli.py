@@ -14,6 +14,7 @@ COMMANDS = {
     "prepare": "turn raw files into a dataset, or a dataset into tasks",
     "train": "meta-train a method, evaluate it against the floors, write the report",
     "evaluate": "evaluate a run again and rewrite its report",
+    "export": "a trained feed-forward method as one graph, to be served without this package",
     "benchmark": "measure this machine: adaptation, input",
     "reproduce": "a paper's tables and parameter studies: its rows and ours side by side",
 }

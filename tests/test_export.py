@@ -11,16 +11,7 @@ from cmml_oracle import cmml, scenarios
 from distmeta.errors import UserError
 from distmeta.methods import options
 from distmeta.methods.melu import MeLU
-from distmeta.serving.export import Served, exported
-from distmeta.tasks import TaskBatch, TaskBlock
-
-
-def inputs(batch: TaskBatch, block: TaskBlock) -> tuple[Any, ...]:
-    """What Served.forward takes for a block."""
-    user = {n: (b.index,) if b.weight is None else (b.index, b.weight) for n, b in block.user.items()}
-    s = block.support
-    return user, batch.items[s.item], s.label, s.mask, batch.items[block.query.item]
-
+from distmeta.serving.export import Served, exported, given
 
 CASES = [
     ("cmml-linear", {"encoder": "mean"}),
@@ -42,7 +33,7 @@ def test_the_graph_answers_as_the_method_does(name, changes):
     for ragged in (([[5, 3, 1, 0]], [[2, 4, 3, 2]]), ([[40]], [[1000]]), ([[1]], [[1]]), ([[0, 0]], [[9, 9]])):
         batch = oracle.batch(*ragged).to("cpu", torch.float32)
         (expected,) = m.predict(m.adapt(batch), batch)
-        found = graph(*inputs(batch, batch.blocks[0]))
+        found = graph(*given(batch, batch.blocks[0]))
         assert found.shape == expected.shape
         mask = batch.blocks[0].query.mask
         torch.testing.assert_close(found[mask], expected[mask], rtol=1e-5, atol=1e-5)
@@ -56,11 +47,9 @@ def test_scenarios_have_a_graph_too(name, encoder):
     for people in (4, 1):
         batch = scenarios(oracle.batch([[9, 4]], [[11, 30]]), people).to("cpu", torch.float32)
         block = batch.blocks[0]
-        user = {n: (b.index,) if b.weight is None else (b.index, b.weight) for n, b in batch.user_fields.items()}
-        given = (user, *inputs(batch, block)[1:], (batch.users, block.support.user, block.query.user))
         (expected,) = m.predict(m.adapt(batch), batch)
         mask = block.query.mask
-        torch.testing.assert_close(graph(*given)[mask], expected[mask], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(graph(*given(batch, block))[mask], expected[mask], rtol=1e-5, atol=1e-5)
 
 
 def test_the_graph_holds_none_of_the_package_s_code():
@@ -80,7 +69,7 @@ def test_a_method_that_needs_gradients_is_refused():
 def test_rows_of_padding_may_hold_anything():
     m = cmml("cmml-sigmoid", encoder="gru").float()
     batch = oracle.batch([[4, 2]], [[3, 3]]).to("cpu", torch.float32)
-    user, item, label, mask, candidate = inputs(batch, batch.blocks[0])
+    user, item, label, mask, candidate = given(batch, batch.blocks[0])
     graph = exported(m).module()
     wide = [torch.cat([x, torch.ones_like(x)], 1) for x in (item, label)]
     more = graph(user, *wide, torch.cat([mask, torch.zeros_like(mask)], 1), candidate)

@@ -33,9 +33,15 @@ class _Expanded:
 class PerTask(_Expanded):
     """A part that is the same in every row of a task: x [b, 1, d]."""
 
+    def at(self, task: Tensor, row: Tensor) -> "Gathered":
+        return Gathered(Unique(self.x.squeeze(1)), task.unsqueeze(0))
+
 
 class Dense(_Expanded):
     """A part with a value of its own in each row: x [b, R, d]."""
+
+    def at(self, task: Tensor, row: Tensor) -> "Dense":
+        return Dense(gather(self.x.flatten(0, 1), (task * self.x.shape[1] + row).unsqueeze(0)))
 
 
 @dataclass
@@ -76,6 +82,9 @@ class Gathered:
     def product(self, weight: Tensor, whole: Tensor, first: int) -> Tensor:
         return gather(self.unique.product(weight, whole, first), self.index)
 
+    def at(self, task: Tensor, row: Tensor) -> "Gathered":
+        return Gathered(self.unique, self.index[task, row].unsqueeze(0))
+
 
 class Scaled:
     """A part times a number of each row: by [b, R, 1]."""
@@ -91,10 +100,14 @@ class Scaled:
     def product(self, weight: Tensor, whole: Tensor, first: int) -> Tensor:
         return self.part.product(weight, whole, first) * self.by
 
+    def at(self, task: Tensor, row: Tensor) -> "Scaled":
+        return Scaled(self.part.at(task, row), self.by[task, row].unsqueeze(0))
+
 
 Part = PerTask | Dense | Gathered | Scaled
 """Each has `count` (R, or 1), `width`, `rows()` [b, R or 1, d] and `product(weight, whole, first)`
-[b, R or 1, h], where weight [d, h] is the slice of `whole` that starts at row `first`."""
+[b, R or 1, h], where weight [d, h] is the slice of `whole` that starts at row `first`; `at(task, row)` is a
+part of one task, of the rows [N] named."""
 
 
 class Features:
@@ -111,6 +124,10 @@ class Features:
     def rows(self) -> int:
         """R; 1 where every part is per task."""
         return next((p.count for p in self.parts if p.count != 1), 1)
+
+    def at(self, task: Tensor, row: Tensor) -> "Features":
+        """Of the rows named (int64 [N] each), as if of one task: [1, N, d]."""
+        return Features(*(p.at(task, row) for p in self.parts))
 
     def slices(self, weight: Tensor) -> list[Tensor]:
         """The rows of weight [..., d, h] that belong to each part."""
@@ -132,11 +149,11 @@ class Features:
         if len(self.parts) == 1 and isinstance(self.parts[0], Dense):
             return products.affine(self.parts[0].x, weight, bias)  # one pass over z instead of two
         slices = zip(self.parts, self.slices(weight), self.starts, strict=True)
-        return _sum([bias, *(p.product(w, weight, first) for p, w, first in slices)])
+        return total([bias, *(p.product(w, weight, first) for p, w, first in slices)])
 
     def gram(self, other: "Features") -> Tensor:
         """x x'ᵀ [b, R, S] with the rows of `other`, part by part; a per-task part adds one number a task."""
-        return _sum([inner(p, q) for p, q in zip(self.parts, other.cut_like(self), strict=True)])
+        return total([inner(p, q) for p, q in zip(self.parts, other.cut_like(self), strict=True)])
 
     def cut_like(self, other: "Features") -> tuple[Part, ...]:
         """The same rows in parts of the other's widths: a shared map may see differently divided inputs."""
@@ -159,7 +176,8 @@ def inner(p: Part, q: Part) -> Tensor:
     return products.inner(p.rows(), q.rows())
 
 
-def _sum(terms: list[Tensor]) -> Tensor:
+def total(terms: list[Tensor]) -> Tensor:
+    """The sum of tensors that broadcast against each other."""
     # the small, broadcast terms first: one expansion instead of one for each
     total, *others = sorted(terms, key=lambda t: t.numel())
     for term in others:

@@ -3,20 +3,23 @@
 import dataclasses
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distmeta.cli import Parser
 from distmeta.commands import train
-from distmeta.commands.settings import Setting
+from distmeta.commands.settings import Setting, inner_steps, told_steps
 from distmeta.config import Config, DataOptions
 from distmeta.errors import UserError
 from distmeta.fields import add_flags, build
-from distmeta.methods import METHODS, entry
+from distmeta.methods import entry
 from distmeta.storage import Location
 
 _TAKEN = ("data", "steps", "patience", "epochs", "batch-size", "threads", "run", "resume", "workers")
 """Flags of `train` that the benchmark itself sets."""
+
+Turns = Sequence[dict[str, Any]]
+"""What each round measured of one case."""
 
 
 def main(argv: Sequence[str]) -> list[dict[str, Any]]:
@@ -30,7 +33,8 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
         description="Trains each method for some epochs with the real loop (prefetch, meta-update, validation,"
         " checkpoints) and gives the median users a second of the epochs after the first, validation and checkpoints"
         " left out, and the share of that time spent waiting for input. With --rounds the methods take turns, and each"
-        " is compared with the first of them by the median of the rounds' ratios.",
+        " is compared with the first of them by the median of the rounds' ratios. A feed-forward method, which has no"
+        " inner steps, is measured once whatever --steps says, and compared with the first at each of them.",
     )
     add_flags(parser, DataOptions, "data")
     group = parser.add_argument_group("measurement")
@@ -50,26 +54,32 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
         )
     if not args.get("data"):
         raise UserError("benchmark methods: give --data DATASET, made by `python -m jobs.prepare`")
+    cases = _cases(args)
+    rounds = [[_measure(config) for config in cases] for _ in range(args["rounds"])]
+    turns = list(zip(*rounds, strict=True))
+    return [_show(_median(mine, _firsts(mine[0], turns))) for mine in turns]
+
+
+def _cases(args: Mapping[str, Any]) -> list[Config]:
+    """What takes turns: each method with each number of steps, a feed-forward one once."""
     names = {f.name for f in dataclasses.fields(DataOptions)}
     data = build(DataOptions, {k: v for k, v in args.items() if k in names}, "benchmark methods", flags=True)
-    for method in args["methods"]:
-        if not hasattr(entry(method).options, "steps"):
-            learned = " ".join(m for m, e in METHODS.items() if hasattr(e.options, "steps"))
-            raise UserError(f"benchmark methods: {method} has no inner steps; methods that have: {learned}")
+    methods = args["methods"]
+    inner = {m: inner_steps(m, "benchmark methods") for m in methods}
     settings = [Setting.of(text, "benchmark methods", _TAKEN) for text in args["set"]]
     for s in settings:
-        if not any(s.meant_for("", m) for m in args["methods"]):
-            raise UserError(f"benchmark methods: --set {s.text}: none of {' '.join(args['methods'])} has that flag")
-    chosen = {m: [w for s in settings if s.meant_for("", m) for w in s.argv()] for m in args["methods"]}
-    rows = []
-    for steps in args["steps"]:
-        flags = {"steps": steps, "patience": 0, **{k: args[k] for k in ("epochs", "batch_size", "threads")}}
-        shared = [word for k, v in flags.items() for word in (f"--{k.replace('_', '-')}", str(v))]
-        parsed = [train.parse([m, "--data", data.data, *shared, *_own(m), *chosen[m]]) for m in args["methods"]]
-        configs = [dataclasses.replace(config, data=data) for config in parsed]
-        rounds = [[_measure(config) for config in configs] for _ in range(args["rounds"])]
-        rows += [_show(_median(turns, [r[0] for r in rounds])) for turns in zip(*rounds, strict=True)]
-    return rows
+        if not any(s.meant_for("", m) for m in methods):
+            raise UserError(f"benchmark methods: --set {s.text}: none of {' '.join(methods)} has that flag")
+    configs = []
+    for i, steps in enumerate(args["steps"]):
+        for m in methods if i == 0 else [m for m in methods if inner[m]]:
+            flags = {"patience": 0, **{k: args[k] for k in ("epochs", "batch_size", "threads")}}
+            flags |= {"steps": steps} if inner[m] else {}
+            words = [word for k, v in flags.items() for word in (f"--{k.replace('_', '-')}", str(v))]
+            chosen = [w for s in settings if s.meant_for("", m) for w in s.argv()]
+            config = train.parse([m, "--data", data.data, *words, *_own(m), *chosen])
+            configs.append(dataclasses.replace(config, data=data))
+    return configs
 
 
 def _own(method: str) -> list[str]:
@@ -77,17 +87,28 @@ def _own(method: str) -> list[str]:
     return ["--warm-epochs", "1"] if hasattr(entry(method).options, "warm_epochs") else []
 
 
-def _median(turns: Sequence[dict[str, Any]], first: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One row of a method's rounds, beside the first method's."""
+def _firsts(mine: dict[str, Any], turns: Sequence[Turns]) -> dict[str, Turns]:
+    """What a case is compared with: the first method's with as many steps, or of a feed-forward one with each."""
+    first = [t for t in turns if t[0]["variant"] == turns[0][0]["variant"]]
+    if mine["variant"] == first[0][0]["variant"]:
+        return {}
+    alike = [t for t in first if t[0]["case"] == mine["case"]] or first
+    return {t[0]["variant"] if len(alike) == 1 else f"{t[0]['variant']} {t[0]['steps']}": t for t in alike}
+
+
+def _median(turns: Turns, others: Mapping[str, Turns]) -> dict[str, Any]:
+    """One row of a case's rounds, beside the same rounds of others."""
     middle = {k: statistics.median(turn[k] for turn in turns) for k in ("value", "input_share")}
-    ratio = statistics.median(mine["value"] / other["value"] for mine, other in zip(turns, first, strict=True))
-    others = {} if turns[0]["variant"] == first[0]["variant"] else {first[0]["variant"]: ratio}
-    return {**turns[0], **middle, "ratio_to": others}
+    ratios = {
+        name: statistics.median(mine["value"] / other["value"] for mine, other in zip(turns, theirs, strict=True))
+        for name, theirs in others.items()
+    }
+    return {**turns[0], **middle, "ratio_to": ratios}
 
 
 def _show(r: dict[str, Any]) -> dict[str, Any]:
     ratio = "".join(f"  {value:.2f} of {other}" for other, value in r["ratio_to"].items())
-    print(f"{r['case']:<40} {r['variant']:<8} {r['value']:>8,.0f} {r['unit']}  input {r['input_share']:.1%}{ratio}")
+    print(f"{r['case']:<44} {r['variant']:<12} {r['value']:>8,.0f} {r['unit']}  input {r['input_share']:.1%}{ratio}")
     return r
 
 
@@ -105,11 +126,12 @@ def _measure(config: Config) -> dict[str, Any]:
         run = Location.of(folder)
         trainer.train(config, run, dataset, place, table, log=lambda line: None)
         lines = read_metrics(run)[1:]
-    train, steps = table.counts["train"], config.method_options.steps
+    train, steps = table.counts["train"], told_steps(config)
     return {
         "benchmark": "methods",
-        "case": f"{dataset.name} {config.data.protocol} {train['rows'] / train['tasks']:.0f} rows, {steps} steps",
+        "case": f"{dataset.name} {config.data.protocol} {train['rows'] / train['tasks']:.0f} rows, {steps}",
         "variant": config.method,
+        "steps": steps,
         "value": statistics.median(line["tasks_per_s"] for line in lines),
         "unit": "tasks/s",
         "ratio_to": {},

@@ -14,10 +14,10 @@ from typing import Any
 
 from distmeta import config as config_module
 from distmeta.cli import Parser
+from distmeta.commands.settings import inner_steps, told_steps
 from distmeta.config import Config, DataOptions, load
 from distmeta.errors import RunError, UserError
 from distmeta.fields import add_flags, build
-from distmeta.methods import METHODS, entry
 from distmeta.storage import Location
 
 _LOOK = 0.1
@@ -26,7 +26,7 @@ _END_S = 60
 """Seconds within which a process must end that was told to."""
 _SECONDS = ("input", "adapt", "backward", "exchange", "optimizer", "checkpoint")
 _FLAGS = {
-    "steps": (1, 1, "inner steps"),
+    "steps": (1, 1, "inner steps, of a method that has any"),
     "batch_size": (512, 1, "tasks a meta-update of a process by itself"),
     "epochs": (12, 4, "epochs of each training"),
     "turns": (3, 1, "how often each variant is run; they alternate"),
@@ -62,12 +62,10 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
             raise UserError(f"benchmark scaling: --{name.replace('_', '-')} must be at least {least}")
     if not args.get("data"):
         raise UserError("benchmark scaling: give --data DATASET, made by `python -m jobs.prepare`")
-    if not hasattr(entry(args["method"]).options, "steps"):
-        learned = " ".join(m for m, e in METHODS.items() if hasattr(e.options, "steps"))
-        raise UserError(f"benchmark scaling: {args['method']} has no inner steps; methods that have: {learned}")
+    inner = {"steps": args["steps"]} if inner_steps(args["method"], "benchmark scaling") else {}
     names = {f.name for f in dataclasses.fields(DataOptions)}
     data = build(DataOptions, {k: v for k, v in args.items() if k in names}, "benchmark scaling", flags=True)
-    flags = {"patience": 0, "threads": 1, **{k: args[k] for k in ("steps", "epochs", "batch_size")}}
+    flags = {"patience": 0, "threads": 1, **inner, **{k: args[k] for k in ("epochs", "batch_size")}}
     config = dataclasses.replace(load(None, args["method"], flags), data=data)
     rows = _rows(config, args["workers"], args["turns"])
     _show(rows)
@@ -90,7 +88,7 @@ def _rows(config: Config, workers: int, turns: int) -> list[dict[str, Any]]:
     train = table.counts["train"]
     case = (
         f"{dataset.name} {config.data.protocol} {train['rows'] / train['tasks']:.0f} rows, {config.method}"
-        f" {config.method_options.steps} steps, {config.train.batch_size} tasks a batch"
+        f" {told_steps(config)}, {config.train.batch_size} tasks a batch"
     )
     return [*_speeds(case, workers, found), *_starts(workers, found)]
 

@@ -1,13 +1,13 @@
-"""`--set [WHERE:]FLAG[=VALUE]`: flags of `train` for some of the runs that a command makes."""
+"""Flags of `train` for the runs that a command makes: `--set [WHERE:]FLAG[=VALUE]`, and inner steps."""
 
 import dataclasses
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from distmeta.config import DataOptions, TrainOptions
+from distmeta.config import Config, DataOptions, TrainOptions
 from distmeta.errors import UserError
-from distmeta.methods import entry
+from distmeta.methods import METHODS, entry
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,24 @@ class Setting:
         if not named <= {dataset, method}:
             return False
         return method in named or self.flag.removeprefix("no-") in flags_of(method)
+
+
+def inner_steps(method: str, command: str) -> bool:
+    """Whether the method has inner steps; a feed-forward one has none.
+
+    Raises:
+        UserError: it is neither: it has a closed form, of which there are no steps to measure.
+    """
+    own = entry(method)
+    if not own.inner_steps and not own.feed_forward:
+        able = " ".join(name for name, e in METHODS.items() if e.inner_steps or e.feed_forward)
+        raise UserError(f"{command}: {method} has a closed form, without steps to measure; methods that have: {able}")
+    return own.inner_steps
+
+
+def told_steps(config: Config) -> str:
+    """What a benchmark's case says of the method's adaptation: `5 steps` or `feed-forward`."""
+    return f"{config.method_options.steps} steps" if entry(config.method).inner_steps else "feed-forward"
 
 
 def flags_of(method: str) -> set[str]:

@@ -1,7 +1,7 @@
 """The registry: METHOD name -> its file and options. Importing it imports no torch."""
 
 import importlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from distmeta.errors import UserError
@@ -25,6 +25,13 @@ class Entry:
     """It refuses ratings."""
     scenarios: bool = False
     """It learns tasks that are scenarios too."""
+    feed_forward: bool = False
+    """It adapts in one forward pass, without inner steps."""
+
+    @property
+    def inner_steps(self) -> bool:
+        """Whether it adapts in inner steps, as many as its option `steps` says."""
+        return any(f.name == "steps" for f in fields(self.options))
 
 
 GRADIENT = {"lr": 2e-3, "batch_size": 32}
@@ -41,10 +48,10 @@ METHODS: dict[str, Entry] = {
     "reg-paml": Entry("regpaml", "RegPAML", options.RegPAML, GRADIENT),
     "at-paml": Entry("atpaml", "ATPAML", options.ATPAML, GRADIENT),
     "mamo": Entry("mamo", "MAMO", options.MAMO, GRADIENT | {"lr": 1e-3}),
-    "cmml-linear": Entry("cmml", "CMMLLinear", options.CMML, CONTEXT, scenarios=True),
-    "cmml-sigmoid": Entry("cmml", "CMMLSigmoid", options.CMML, CONTEXT, scenarios=True),
-    "cmml-film": Entry("cmml", "CMMLFilm", options.CMMLFilm, CONTEXT, scenarios=True),
-    "cmml-softm": Entry("cmml", "CMMLSoftM", options.CMMLSoftM, CONTEXT, scenarios=True),
+    "cmml-linear": Entry("cmml", "CMMLLinear", options.CMML, CONTEXT, scenarios=True, feed_forward=True),
+    "cmml-sigmoid": Entry("cmml", "CMMLSigmoid", options.CMML, CONTEXT, scenarios=True, feed_forward=True),
+    "cmml-film": Entry("cmml", "CMMLFilm", options.CMMLFilm, CONTEXT, scenarios=True, feed_forward=True),
+    "cmml-softm": Entry("cmml", "CMMLSoftM", options.CMMLSoftM, CONTEXT, scenarios=True, feed_forward=True),
     "transfer": Entry("transfer", "Transfer", options.Transfer, GRADIENT),
     "constant": Entry("constant", "Constant", options.Constant),
     "itemmean": Entry("itemmean", "ItemMean", options.ItemMean),

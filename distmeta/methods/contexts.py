@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distmeta.adaptation.features import Dense, Features, Part, PerTask, Scaled
+from distmeta.adaptation.features import Dense, Features, Gathered, Part, PerTask, Scaled, Unique, total
 from distmeta.adaptation.maps import Linear
 from distmeta.adaptation.products import affine
 from distmeta.data.schema import Label as Range
+from distmeta.methods.recurrence import Packing, states
 from distmeta.tasks import Rows
 
 LABEL_WIDTH = 64
@@ -59,17 +60,26 @@ class Label(nn.Module):
 
     def beside(self, parts: Sequence[Part], rows: Rows) -> list[Part]:
         """What stands beside the `parts` of the rows' features: parts [b, S, …] of `width` in all."""
-        y = self.scaled(rows).unsqueeze(-1)
+        y = self.scaled(rows)
         if self.layer is None:
-            return [Dense(y)] if self.width else []
-        found: list[Part] = [Dense(torch.relu(linear(self.layer, y)))]
-        return found + [Scaled(p, y) for p in parts if self.product]
+            return [Dense(y.unsqueeze(-1))] if self.width else []
+        found: list[Part] = [self._embedded(self.layer, y)]
+        return found + [Scaled(p, y.unsqueeze(-1)) for p in parts if self.product]
+
+    def _embedded(self, layer: Linear, y: Tensor) -> Part:
+        """ReLU of the layer of labels y [b, S]."""
+        if torch.compiler.is_compiling():  # how many different ones there are would be a size of the graph
+            return Dense(torch.relu(linear(layer, y.unsqueeze(-1))))
+        each, which = torch.unique(y, return_inverse=True)  # few: a rating's steps
+        return Gathered(Unique(torch.relu(linear(layer, each.unsqueeze(-1)))), which)
 
     def positive(self, rows: Rows) -> Rows:
         """The rows whose label is above the middle of its range, moved to the front in their order (paper 002, §4.4,
         Non-negative)."""
         kept = self.scaled(rows) > 0
-        order = torch.argsort((~kept).to(torch.uint8), dim=1, stable=True)
+        s = kept.shape[1]
+        # keys that differ: ONNX has no stable sort
+        order = torch.argsort(torch.arange(s, device=kept.device) + s * (~kept).long(), dim=1)
         user = None if rows.user is None else rows.user.gather(1, order)
         return Rows(rows.item.gather(1, order), rows.label.gather(1, order), kept.gather(1, order), user)
 
@@ -110,16 +120,25 @@ class Recurrent(nn.Module):
     def forward(self, x: Features, mask: Tensor) -> Tensor:
         """C [b, out] of rows x [b, S, d]."""
         first, *others = self.layers
-        c = linear(first, self.state(x.dense(), mask))
+        c = linear(first, self.state(x, mask))
         for layer in others:
             c = linear(layer, torch.relu(c))
         return c
 
-    def state(self, x: Tensor, mask: Tensor) -> Tensor:
-        """The state [b, units] after each task's last row; what it passes over as padding comes after that."""
-        states, _ = self.cell(F.pad(x, (0, 0, 0, 1)))  # a row more, as there may be none
-        last = (mask.sum(1) - 1).clamp(min=0)
-        return states.gather(1, last[:, None, None].expand(-1, 1, states.shape[2])).squeeze(1)
+    def state(self, x: Features, mask: Tensor) -> Tensor:
+        """The state [b, units] after each task's last row; 0 where it has none."""
+        packing = Packing.of(mask)
+        z = self.inputs(x.at(packing.task, packing.row)).squeeze(0)
+        c = self.cell
+        kind = "lstm" if isinstance(c, nn.LSTM) else "gru"
+        ends = states(kind, z, c.weight_hh_l0, c.bias_hh_l0, packing)[packing.last]
+        return ends.new_zeros(len(mask), c.hidden_size).index_copy(0, packing.tasks, ends)
+
+    def inputs(self, x: Features) -> Tensor:
+        """What the gates get of rows x [b, R, d], the input's biases included: [b, R, gates · units]."""
+        whole: Any = self.cell.weight_ih_l0
+        slices = zip(x.parts, whole.split([p.width for p in x.parts], 1), x.starts, strict=True)
+        return total([self.cell.bias_ih_l0, *(p.product(w.t(), whole, first) for p, w, first in slices)])
 
 
 def encoder(kind: str, d: int, units: int, hidden: Sequence[int], out: int) -> Pooling | Recurrent:

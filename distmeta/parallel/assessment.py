@@ -73,6 +73,19 @@ def assess_split(
         return evaluation.measure(method, loader, dataset.label, split)
 
 
+def best_method(
+    config: Config, run: Location, dataset: Dataset, dataset_location: Location, table: TaskTable
+) -> tuple[int, Method]:
+    """The run's method as its best checkpoint has it, and that checkpoint's step.
+
+    Raises:
+        UserError: there is no checkpoint, it is damaged, or of another split.
+    """
+    kept = checkpoint.read(run, best_step(run))
+    checkpoint.check_origin(run, kept, config, table.split_hash)
+    return kept.step, _restored(config, run, kept, dataset, dataset_location)
+
+
 def _restored(
     config: Config, run: Location, kept: checkpoint.Checkpoint, dataset: Dataset, dataset_location: Location
 ) -> Method:

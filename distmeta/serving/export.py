@@ -5,7 +5,7 @@ The number of users, of support rows and of candidates are free; so are the valu
 
     program = exported(method)
     torch.export.save(program, "cmml.pt2")
-    scores = torch.export.load("cmml.pt2").module()(*inputs)  # what they are, Served.forward says
+    scores = torch.export.load("cmml.pt2").module()(*inputs)  # what they are, Served.forward and `inputs` say
 """
 
 import copy
@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
-from torch.nn import functional as F
 
+from distmeta.adaptation.features import Features
+from distmeta.data.schema import Dataset
 from distmeta.errors import UserError
 from distmeta.methods import METHODS, method_class
 from distmeta.methods.base import Method
@@ -29,6 +30,13 @@ User = dict[str, tuple[Tensor, ...]]
 People = tuple[Tensor, Tensor, Tensor]
 """Of scenarios: user indices of the dataset int64 [V], and whose each support row [b, S] and each candidate [b, Q] is,
 int64 positions in those."""
+
+MEANT = {"categorical": "one each", "multi_categorical": "0 on padding", "numeric": "always 0"}
+WEIGHT = {
+    "multi_categorical": "1 / (number of the user's values) on each, 0 on padding",
+    "numeric": "({0.name} - {0.mean:g}) / {0.std:g}",
+}
+"""How `Bag` holds the values of a field, by its type."""
 
 
 class Served(nn.Module):
@@ -88,23 +96,23 @@ class Scanned(Recurrent):
         nn.Module.__init__(self)
         self.cell, self.layers = trained.cell, trained.layers
 
-    def state(self, x: Tensor, mask: Tensor) -> Tensor:
+    def state(self, x: Features, mask: Tensor) -> Tensor:
         from torch._higher_order_ops.scan import scan
 
         c: Any = self.cell
         # copies: a scan may not close over parameters
-        weight, bias = c.weight_hh_l0.clone(), c.bias_hh_l0.clone()
-        z = F.linear(x, c.weight_ih_l0, c.bias_ih_l0).transpose(0, 1)
+        weight, bias = c.weight_hh_l0.t().clone(), c.bias_hh_l0.clone()
+        z = self.inputs(x).transpose(0, 1)
         cell = _lstm if isinstance(c, nn.LSTM) else _gru
 
-        def step(state: list[Tensor], row: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-            new = cell(state, row[0], F.linear(state[0], weight, bias))
-            kept = [torch.where(row[1], n, old) for n, old in zip(new, state, strict=True)]
-            return kept, row[1].clone()  # a scan must put something out
+        def step(state: list[Tensor], row: Tensor) -> tuple[list[Tensor], Tensor]:
+            new = cell(state, row, torch.addmm(bias, state[0], weight))
+            return new, new[0].clone()
 
-        start = [x.new_zeros(x.shape[0], c.hidden_size) for _ in range(2 if cell is _lstm else 1)]
-        (state, *_), _ = scan(step, start, [z, mask.t().unsqueeze(-1)])
-        return state
+        start = [z.new_zeros(z.shape[1], c.hidden_size) for _ in range(2 if cell is _lstm else 1)]
+        _, states = scan(step, start, z)
+        last = (mask.sum(1) - 1).clamp(min=0)  # what follows is padding
+        return states.gather(0, last[None, :, None].expand(1, -1, c.hidden_size)).squeeze(0)
 
 
 def _gru(state: list[Tensor], input_: Tensor, recurrent: Tensor) -> list[Tensor]:
@@ -151,3 +159,38 @@ def exported(method: Method, scenarios: bool = False) -> ExportedProgram:
     rows, candidates = {0: b, 1: s}, {0: b, 1: q}
     shapes: tuple[Any, ...] = (user, rows, rows, rows, candidates)
     return export(served, inputs, dynamic_shapes=(*shapes, ({0: one}, rows, candidates)) if scenarios else shapes)
+
+
+def given(batch: TaskBatch, block: TaskBlock) -> tuple[Any, ...]:
+    """What `Served.forward` takes for a block of tasks."""
+    bags = block.user if batch.users is None else batch.user_fields
+    user = {n: (b.index,) if b.weight is None else (b.index, b.weight) for n, b in bags.items()}
+    s, q = block.support, block.query
+    rows = user, batch.items[s.item], s.label, s.mask, batch.items[q.item]
+    return rows if batch.users is None else (*rows, (batch.users, s.user, q.user))
+
+
+def described(dataset: Dataset, scenarios: bool = False) -> list[dict[str, Any]]:
+    """Name, dtype, shape and meaning of each tensor that the graph takes, in its order; free sizes go by name."""
+    one = "people" if scenarios else "users"
+    found = []
+    for i, f in enumerate(dataset.user_fields):
+        shape = [one, f"values{i}" if f.type == "multi_categorical" else 1]
+        found.append((f"user_{f.name}", "int64", shape, f"indices of {f.name}, 0 to {f.size - 1}; {MEANT[f.type]}"))
+        if f.type != "categorical":
+            found.append((f"user_{f.name}_weight", "float32", shape, WEIGHT[f.type].format(f)))
+    low, high = (0, 1) if scenarios else (dataset.label.minimum, dataset.label.maximum)
+    rows, candidates = ["users", "support"], ["users", "candidates"]
+    found += [
+        ("support_item", "int64", rows, f"item indices, 0 to {dataset.items - 1}, in time order, padding last"),
+        ("support_label", "float32", rows, f"labels from {low:g} to {high:g}; anything on padding"),
+        ("support_mask", "bool", rows, "false on padding; all false for a user with nothing"),
+        ("candidate", "int64", candidates, f"item indices to score, 0 to {dataset.items - 1}"),
+    ]
+    if scenarios:
+        found += [
+            ("people", "int64", [one], "the users of the rows, by their index in the dataset"),
+            ("support_user", "int64", rows, "whose each support row is: a position in people"),
+            ("candidate_user", "int64", candidates, "whom each candidate is scored for: a position in people"),
+        ]
+    return [dict(zip(("name", "dtype", "shape", "meaning"), one, strict=True)) for one in found]

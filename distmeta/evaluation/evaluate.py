@@ -157,6 +157,11 @@ def _row_cohorts(table: TaskTable, split: str, shards: Sequence[int]) -> pl.Data
     )
 
 
+def at_once(table: TaskTable) -> int:
+    """Tasks of this table to evaluate at a time."""
+    return lists.BATCH if table.scenarios else BATCH
+
+
 def evaluate(
     method: Method, table: TaskTable, dataset: Dataset, exchange: Exchange | None = None, memory: int | None = None
 ) -> Measured:
@@ -173,7 +178,7 @@ def evaluate(
     """
     e = exchange or Exchange()
     mine = [v for v in range(table.shards) if v % e.world == e.rank]
-    parts, size = [], lists.BATCH if table.scenarios else BATCH
+    parts, size = [], at_once(table)
     for split in SPLITS:
         loader = Loader(table, dataset, split, size, rank=e.rank, world=e.world, memory=memory)
         if loader.n_tasks or split == "test":

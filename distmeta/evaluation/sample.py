@@ -23,7 +23,7 @@ from distmeta.tasks import TaskBatch, TaskBlock
 
 MOST = 1000
 """Traits of each kind that are kept, about: a picture shows no more, and evaluation.json stays small."""
-SUPPORTS = 8, 64
+SUPPORTS = 8, 32
 """Least and most supports that are drawn of a scenario."""
 BATCH = 32
 """Scenarios at a time. No number depends on it."""

@@ -8,9 +8,12 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+import oracle
 import polars as pl
 import pytest
 import scenarioworld as world
+import torch
+from cmml_oracle import RAGGED, cmml
 
 from distmeta import cli
 from distmeta.data import tasktable
@@ -158,6 +161,23 @@ def test_many_groups_are_grey_but_some(place: Location, table: TaskTable) -> Non
     assert "8 of 20 groups" in caption
     assert "75 % of the variance in 9 dimensions" in caption
     assert "Silhouette of the groups −0.50 in all dimensions, 0.25 in the plane" in caption
+
+
+@pytest.mark.parametrize("hybrid", ["dot", "none"])
+def test_a_task_s_routes_are_the_mean_over_its_query(hybrid: str) -> None:
+    """Of real rows, of each task of each block; and its context is what adapt gives."""
+    m: Any = cmml("cmml-softm", module_layers=3, hybrid=hybrid)
+    batch = oracle.batch(*RAGGED)
+    state = m.adapt(batch)
+    found = m.traits(state, batch)
+    assert found.keys() == {"context", "route 1", "route 2", "route 3"}
+    assert all(torch.equal(a, b) for a, b in zip(found["context"], state, strict=True))
+    for k, (block, routes) in enumerate(zip(batch, m.routes(state, batch), strict=True)):
+        for b, real in enumerate(block.query.mask):
+            rows = torch.arange(len(real))[real] if hybrid == "dot" else torch.tensor([0])
+            for i, route in enumerate(routes, 1):
+                if real.any():
+                    torch.testing.assert_close(found[f"route {i}"][k][b], route[b, rows].mean(0).flatten())
 
 
 @pytest.mark.parametrize("protocol", ["cmml-scenario", "cmml-user"])

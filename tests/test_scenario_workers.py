@@ -1,11 +1,13 @@
 """Invariant 2 for scenarios: what N workers train, validate and evaluate is what one does, also with more workers than
 scenarios, streamed, and begun by other numbers of them. Workers are threads (tiny.together); test_ray has processes."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import scenarioworld as world
 import tiny
@@ -118,8 +120,11 @@ def test_any_number_of_workers_evaluates_the_same(place: Location, monkeypatch: 
     _, dataset, table = setting(place, "cmml-softm")
     whole = pools.estimate(*table.counts["test"].values(), dataset, True)
     for workers, shards, memory in ((2, 16, None), (3, 16, None), (16, 16, None), (1, 2, whole - 1), (2, 2, whole - 1)):
+        supports = 2 if memory else 3  # each is a pass over what is streamed
+        assert wanted.traits is not None
+        drawn = dataclasses.replace(wanted, traits=wanted.traits.filter(pl.col("support") < supports))
         for found, theirs in evaluated(place, workers, shards, memory):
-            same(found, wanted)
+            same(found, drawn)
             for name, floor in floors.items():
                 same(theirs[name], floor)
 

@@ -76,7 +76,8 @@ def speaks(method: Method) -> bool:
 def of_scenarios(
     method: Method, table: TaskTable, dataset: Dataset, exchange: Exchange, memory: int | None
 ) -> pl.DataFrame | None:
-    """`Measured.traits` of this worker's test scenarios, with as many supports each as MOST and SUPPORTS allow."""
+    """`Measured.traits` of this worker's test scenarios, with as many supports each as MOST and SUPPORTS allow; the
+    least, where the scenarios are streamed and each support is a pass over them."""
     n = table.counts["test"]["tasks"]
     if not n or not speaks(method):
         return None
@@ -84,6 +85,9 @@ def of_scenarios(
     device = next(iter([*method.parameters(), *method.buffers()])).device
     given = {"rank": exchange.rank, "world": exchange.world, "memory": memory}
     loader = Loader(table, dataset, "test", BATCH, episodes=many, **given)
+    if loader.note:
+        many = SUPPORTS[0]
+        loader = Loader(table, dataset, "test", BATCH, episodes=many, **given)
     sample = Sample(method, MOST / (n * many))
     method.eval()
     with torch.no_grad():

@@ -240,7 +240,7 @@ def test_scenarios(tmp_path, nodes, capfd):
     place = Location.of(tmp_path / "data")
     flags = [x for k, v in scenarioworld.SMALL.items() for x in (f"--{k.replace('_', '-')}", str(v))]
     flags += ["--protocol", "cmml-scenario", "--embedding", "4", "--hidden", "8", "8", "--hyper", "8", "--item-ids"]
-    flags += ["--epochs", "30"]
+    flags += ["--epochs", "60"]
     with command(*argv(tmp_path / "run", place, "cmml-softm", *flags)) as run:
         run.wait(lambda: len(lines(tmp_path / "run")) > 3)
         os.kill(nodes.workers()[0], signal.SIGKILL)

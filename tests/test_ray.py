@@ -12,11 +12,13 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import scenarioworld
 import tiny
 from nodes import Nodes, command
 
 from distmeta import cli
-from distmeta.data import taskmaker
+from distmeta.data import protocols, taskmaker, tasktable
+from distmeta.data.schema import Dataset
 from distmeta.methods import METHODS, method_class
 from distmeta.methods.base import Method
 from distmeta.methods.closedform import ClosedForm
@@ -85,8 +87,9 @@ def lines(run: Path) -> list[dict[str, Any]]:
 def undisturbed(run: Path, small: Location, method: str, *flags: str) -> dict[str, str]:
     """What two workers that are threads of this process come to, without Ray."""
     config = cli_config(argv(run, small, method, *flags))
-    _, dataset, table = tiny.setting(small, method)
-    where = Location.of(run).make_dir()
+    options = protocols.protocol_options(config.data)
+    table = tasktable.make(small, config.data.protocol, config.data.split_seed, options)
+    dataset, where = table.seen(Dataset.open(small)), Location.of(run).make_dir()
     for done in tiny.together(
         2, lambda exchange: trainer.train(config, where, dataset, small, table, exchange, lambda _: None)
     ):
@@ -228,6 +231,32 @@ def test_workers_evaluate_what_one_process_evaluates(tmp_path, small, nodes):
         for metric, other in none["cohorts"][cohort].items():
             wanted = other if other is None else pytest.approx(other, rel=1e-4)
             assert found[metric] == wanted, (cohort, metric)
+
+
+def test_scenarios(tmp_path, nodes, capfd):
+    """A worker is killed mid-run: the same bits as undisturbed; what is evaluated, traits too, is what one process
+    does."""
+    scenarioworld.make(tmp_path / "data", themes=True)
+    place = Location.of(tmp_path / "data")
+    flags = [x for k, v in scenarioworld.SMALL.items() for x in (f"--{k.replace('_', '-')}", str(v))]
+    flags += ["--protocol", "cmml-scenario", "--embedding", "4", "--hidden", "8", "8", "--hyper", "8", "--item-ids"]
+    flags += ["--epochs", "60"]
+    with command(*argv(tmp_path / "run", place, "cmml-softm", *flags)) as run:
+        run.wait(lambda: len(lines(tmp_path / "run")) > 3)
+        os.kill(nodes.workers()[0], signal.SIGKILL)
+    assert run.status == 0
+    assert final(tmp_path / "run") == undisturbed(tmp_path / "plain", place, "cmml-softm", *flags)
+    assert " died" in capfd.readouterr().out
+    two = json.loads((tmp_path / "run/evaluation.json").read_text())
+    assert cli.main(["evaluate", "--run", str(tmp_path / "run")]) == 0
+    one = json.loads((tmp_path / "run/evaluation.json").read_text())
+    assert one["floors"] == two["floors"]
+    assert one["cohorts"]["all"] == pytest.approx(two["cohorts"]["all"], abs=1e-6)
+    assert (
+        one["facts"]["contexts"]["groups"]["scenario"]["index"]
+        == two["facts"]["contexts"]["groups"]["scenario"]["index"]
+    )
+    assert one["facts"]["routes"]["distance"] == pytest.approx(two["facts"]["routes"]["distance"], rel=1e-3)
 
 
 @pytest.mark.parametrize("reader", ["driver", "tasks"])

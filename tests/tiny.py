@@ -318,7 +318,8 @@ def setting(place: Location, method: str, **flags: Any) -> tuple[Config, Dataset
     small = {"data": str(place), "threads": 1, "batch_size": 16, "width": 16}
     config = config_module.load(None, method, {**small, **flags})
     options = protocols.protocol_options(config.data)
-    return config, Dataset.open(place), tasktable.make(place, config.data.protocol, config.data.split_seed, options)
+    table = tasktable.make(place, config.data.protocol, config.data.split_seed, options)
+    return config, table.seen(Dataset.open(place)), table
 
 
 def run_of(

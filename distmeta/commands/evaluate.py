@@ -129,14 +129,16 @@ def evaluate(config: Config, run: Location, place: Location, dataset: Dataset, t
 
 def write(config: Config, run: Location, dataset: Dataset, table: TaskTable, given: "Assessment") -> "Found":
     """Write RUN/evaluation.json, measured.arrow and report.html from what was measured, and print a table."""
+    from distmeta.evaluation import contexts, facts, report
     from distmeta.evaluation import evaluate as evaluation
-    from distmeta.evaluation import facts, report
     from distmeta.parallel.validation import read_metrics
 
     measured, floors = given.method, given.floors
     (run / MEASURED).write_bytes(measured.to_ipc())
     found = evaluation.assemble(config.method, table, config.train.seed, measured, floors)
-    if told := facts.summary(measured, table, dataset, Location.of(config.data.data)):
+    place = Location.of(config.data.data)
+    told = facts.summary(measured, table, dataset, place)
+    if told := told | contexts.summary(measured.traits, table, dataset, place):
         found["facts"] = told
     (run / "evaluation.json").write_json(found)
     report.write(run, found, read_metrics(run), config_module.to_yaml(config), dataset, measured.errors)

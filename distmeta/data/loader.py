@@ -102,6 +102,8 @@ class Loader:
         redraw: draw the episodes of tasks without a fixed query anew each epoch; else always as in epoch 0.
         prefetch: batches collated ahead in a thread; 0 reads and collates when asked.
         memory: bytes that the tasks may take in one worker while they are read and used; None: no bound.
+        episodes: of validation or test scenarios, draw an epoch of so many episodes each, as of training ones, from
+            what the users took whose lists are ranked.
 
     Raises:
         UserError: a part is missing or damaged, there are more workers than shards, or `memory` is too small.
@@ -121,6 +123,7 @@ class Loader:
         redraw: bool = True,
         prefetch: int = 2,
         memory: int | None = None,
+        episodes: int = 0,
     ) -> None:
         if world > table.shards:
             raise UserError(f"{table.location}: {world} workers for {table.shards} shards; use fewer workers")
@@ -132,7 +135,8 @@ class Loader:
         self.n_tasks = sum(sizes)
         """Tasks of all workers."""
         self._pass = -(-self.n_tasks // batch_size)
-        self.steps = table.draws * self._pass
+        self.draws, self._asked = episodes or table.draws, bool(episodes)
+        self.steps = self.draws * self._pass
         """Batches of an epoch, the same number for every worker and epoch."""
         self._shards = [v for v in range(table.shards) if v % world == rank and sizes[v]]
         self._columns = [*COLUMNS, *(["user"] if table.scenarios else [f.name for f in dataset.user_fields])]
@@ -185,9 +189,9 @@ class Loader:
     def _passes(self, epoch: int, start: int) -> Generator[TaskBatch]:
         """The batches of an epoch from `start` on."""
         first, within = divmod(start, max(self._pass, 1))
-        for number in range(first, self.table.draws):
+        for number in range(first, self.draws):
             with contextlib.closing(
-                self._batches(epoch * self.table.draws + number, within, self.table.episode_rows)
+                self._batches(epoch * self.draws + number, within, self.table.episode_rows)
             ) as batches:
                 yield from batches
             within = 0
@@ -247,7 +251,10 @@ class Loader:
             raise UserError(f"{where}: the parts of split {self.split} changed while they were read; start a new run")
         empty = _schema(self.dataset, self._columns, self.table.scenarios).empty_table()
         whole = pa.concat_tables(tables) if tables else empty
-        return (Scenarios if self.table.scenarios else Tasks).of(whole, self.dataset, where)
+        if not self.table.scenarios:
+            return Tasks.of(whole, self.dataset, where)
+        tasks = Scenarios.of(whole, self.dataset, where)
+        return tasks.asked() if self._asked else tasks
 
     def _collator(self, tasks: AnyTasks, episode_rows: int) -> AnyCollator:
         if isinstance(tasks, Scenarios):

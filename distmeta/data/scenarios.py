@@ -40,6 +40,7 @@ class Scenarios:
     item: NDArray[np.int32]
     label: NDArray[np.float32]
     role: NDArray[np.int8]
+    """OFFERED rows stand last."""
 
     def __len__(self) -> int:
         return len(self.task)
@@ -95,6 +96,20 @@ class Scenarios:
         return Scenarios(
             self.task[chosen], offsets, self.user[rows], self.item[rows], self.label[rows], self.role[rows]
         )
+
+    def asked(self) -> "Scenarios":
+        """Validation or test tasks as tasks to draw from: what the users took whose lists are ranked, then each
+        task's candidates as OFFERED rows."""
+        asked, offered = self.role == QUERY, self.candidates
+        of = np.repeat(np.arange(len(self)), np.diff(self.offsets))[asked]
+        task = np.concatenate([of, np.repeat(np.arange(len(self)), np.diff(offered.start))])
+        order, more = np.argsort(task, kind="stable"), len(offered.item)
+        user = np.concatenate([self.user[asked], np.full(more, -1, np.int32)])
+        item = np.concatenate([self.item[asked], offered.item])
+        label = np.concatenate([self.label[asked], np.zeros(more, np.float32)])
+        role = np.repeat(np.array([DRAWN, OFFERED], np.int8), (len(of), more))
+        offsets = np.searchsorted(task[order], np.arange(len(self) + 1))
+        return Scenarios(self.task, offsets, user[order], item[order], label[order], role[order])
 
     @classmethod
     def join(cls, parts: Sequence["Scenarios"]) -> "Scenarios":
@@ -158,7 +173,7 @@ class ScenarioCollator:
         redraw: bool,
     ) -> None:
         self.tasks, self.users, self.seed, self.redraw = tasks, users, seed, redraw
-        self._count = np.diff(tasks.offsets)
+        self._count = np.diff(np.r_[0, np.cumsum(tasks.role == DRAWN)][tasks.offsets])
         self._query = np.minimum(query_rows, self._count // 2)
         self._support = np.clip(episode_rows - self._query, 1, np.maximum(self._count - self._query, 0))
         self._items, self._people = Distinct(dataset.items), Distinct(dataset.users)

@@ -113,6 +113,7 @@ class Maker:
             "dataset": dict(origin),
             "files": parts.files,
             **({"scenarios": True} if self.scenarios else {}),
+            **({"names": {str(task): name for task, name in plan.names.items()}} if plan.names else {}),
             **self.protocol.sizes(self.options),
         }
         (self.where / "tasks.json").write_json(manifest)

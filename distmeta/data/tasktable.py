@@ -67,6 +67,8 @@ class TaskTable:
     """Tasks are scenarios: each row has its user, labels are clicks, what is evaluated is ranked lists."""
     draws: int = 1
     """Episodes that an epoch draws of each training task."""
+    names: dict[str, str] = field(default_factory=dict)
+    """Test task's id -> what a report calls it, where tasks have names."""
 
     @classmethod
     def open(cls, where: Location) -> "TaskTable":

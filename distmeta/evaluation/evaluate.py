@@ -22,6 +22,7 @@ from distmeta.evaluation import lists, significance
 from distmeta.evaluation.cohorts import cohorts, groups, matched
 from distmeta.evaluation.measured import FACT, ErrorHistogram, Measured
 from distmeta.evaluation.metrics import CLICK_COLUMNS, CUTOFFS, click_sums, error_sums, ndcg
+from distmeta.evaluation.sample import MOST, Sample, of_scenarios
 from distmeta.exchange import Exchange
 from distmeta.methods import entry, method_class
 from distmeta.methods.base import Method, fit_closed_form
@@ -64,6 +65,7 @@ def measure(
     tasks, sums = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, len(names), dtype=torch.float64)]
     rows, errors = [_rows(torch.zeros(0, dtype=torch.int64), *torch.zeros(3, 0, 0))], ErrorHistogram.of(label)
     facts: dict[str, list[Tensor]] = {}
+    sample = Sample(method, MOST / max(loader.n_tasks, 1) if split == "test" else 0)
     with torch.no_grad():
         for batch in loader.evaluation():
             batch = batch.to(device)
@@ -71,6 +73,7 @@ def measure(
             scores = method.predict(state, batch)
             for name, blocks in method.facts(state, batch).items():
                 facts.setdefault(FACT + name, []).extend(b.double().cpu() for b in blocks)
+            sample.look(batch)
             for block, score in zip(batch, scores, strict=True):
                 _check_finite(method, block, score)
                 query = block.query
@@ -84,11 +87,11 @@ def measure(
     counted = pl.DataFrame(torch.cat(sums).numpy(), schema=names).with_columns(pl.col("n").cast(pl.Int64))
     told = [pl.Series(name, torch.cat(blocks).numpy()) for name, blocks in facts.items()]
     counted = counted.with_columns(*told, task=pl.Series(torch.cat(tasks).numpy()), split=pl.lit(split))
-    frame = counted.join(loader.tasks(), on="task", how="left", validate="1:1")
+    cohort = loader.tasks()
+    frame = counted.join(cohort, on="task", how="left", validate="1:1")
     frame = frame.select("task", "split", "cohort", *names, *facts).sort("task")
-    if not clicks and row_cohorts is None:
-        return Measured(frame, None, errors)
-    return Measured(frame, _with_cohorts(pl.concat(rows), split, row_cohorts), errors)
+    kept = _with_cohorts(pl.concat(rows), split, row_cohorts) if clicks or row_cohorts is not None else None
+    return Measured(frame, kept, errors, sample.frame(cohort))
 
 
 def _ranked_by(method: Method) -> lists.Score:
@@ -154,6 +157,11 @@ def _row_cohorts(table: TaskTable, split: str, shards: Sequence[int]) -> pl.Data
     )
 
 
+def at_once(table: TaskTable) -> int:
+    """Tasks of this table to evaluate at a time."""
+    return lists.BATCH if table.scenarios else BATCH
+
+
 def evaluate(
     method: Method, table: TaskTable, dataset: Dataset, exchange: Exchange | None = None, memory: int | None = None
 ) -> Measured:
@@ -170,11 +178,13 @@ def evaluate(
     """
     e = exchange or Exchange()
     mine = [v for v in range(table.shards) if v % e.world == e.rank]
-    parts, size = [], lists.BATCH if table.scenarios else BATCH
+    parts, size = [], at_once(table)
     for split in SPLITS:
         loader = Loader(table, dataset, split, size, rank=e.rank, world=e.world, memory=memory)
         if loader.n_tasks or split == "test":
             parts.append(measure(method, loader, dataset.label, split, _row_cohorts(table, split, mine)))
+    if table.scenarios:
+        parts[0] = dataclasses.replace(parts[0], traits=of_scenarios(method, table, dataset, e, memory))
     everyone = e.gather(Measured.concat(parts).to_ipc())
     return Measured.concat([Measured.from_ipc(data) for data in everyone])
 

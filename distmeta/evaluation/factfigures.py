@@ -4,8 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from distmeta.evaluation import groupcharts, slotcharts
+from distmeta.evaluation import contextcharts, groupcharts, slotcharts
 from distmeta.evaluation.charts import signed
+from distmeta.evaluation.contexts import CONTEXTS, ROUTES
 from distmeta.evaluation.facts import CLUSTER, SLOTS, TRUTH
 
 _TITLES = {"step_size": "Personal step sizes", "entropy": "Attention of the test tasks"}
@@ -17,12 +18,17 @@ def figures(facts: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> I
     """(svg, title, caption) of each picture that there is something for.
 
     Args:
-        facts: `facts.summary`. metrics: lines of metrics.jsonl, whose "clusters", "memory" and "index" are drawn.
+        facts: `facts.summary` and `contexts.summary`.
+        metrics: lines of metrics.jsonl, whose "clusters", "memory" and "index" are drawn.
     """
     if SLOTS in facts:
         yield from _slots(facts[SLOTS])
+    if CONTEXTS in facts:
+        yield from contextcharts.contexts(facts[CONTEXTS])
+    if ROUTES in facts:
+        yield contextcharts.routes(facts[ROUTES])
     for name, found in facts.items():
-        if name not in (CLUSTER, SLOTS):
+        if name not in (CLUSTER, SLOTS, CONTEXTS, ROUTES):
             yield _quantity(name, found)
     attention = slotcharts.training(metrics)
     if attention:

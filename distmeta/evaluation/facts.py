@@ -89,7 +89,7 @@ def _quantity(tasks: pl.DataFrame, column: str, bounds: tuple[float, float] | No
 def _clusters(tasks: pl.DataFrame, table: TaskTable, dataset: Dataset, place: Location) -> dict[str, Any]:
     cluster = tasks[FACT + CLUSTER].cast(pl.Int64).to_numpy()
     sizes, fields = np.bincount(cluster), {}
-    for name, (values, index) in _profiles(tasks, table, dataset, place).items():
+    for name, (values, index) in profiles(tasks, table, dataset, place).items():
         counts = contingency(cluster, index)
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         fields[name] = {"values": values, "shares": shares.tolist(), "ari": adjusted_rand(cluster, index)}
@@ -118,7 +118,7 @@ def _slots(
     slot, task = np.nonzero(np.vstack([top, np.ones(tasks.height, bool)]))  # the last row: all tasks
     fields = {}
     told: list[list[tuple[float, float, str]]] = [[] for _ in columns]
-    for name, (values, index) in _profiles(tasks, table, dataset, place).items():
+    for name, (values, index) in profiles(tasks, table, dataset, place).items():
         counts = contingency(slot, index[task])
         shares = counts / counts.sum(1, keepdims=True)
         fields[name] = {"values": values, "shares": shares[:-1].tolist(), "overall": shares[-1].tolist()}
@@ -135,7 +135,7 @@ def _slots(
     }
 
 
-def _profiles(
+def profiles(
     tasks: pl.DataFrame, table: TaskTable, dataset: Dataset, place: Location
 ) -> dict[str, tuple[list[str], NDArray[np.int64]]]:
     """The values of each user field with few values, TRUTH first: those that some task has, and which of them each

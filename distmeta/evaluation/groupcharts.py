@@ -1,12 +1,13 @@
 """Pictures of groups of tasks: step sizes, clusters, neighbours' ages, errors by method, users on a plane."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distmeta.evaluation.charts import INK, SOFT, draw, finite
+from distmeta.evaluation.charts import INK, OTHER, SOFT, draw, finite
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,6 +17,10 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 """Okabe & Ito's, the yellow darkened; groups beyond them begin again with other dashes or marks."""
 DASHES = ("-", "--", ":", "-.")
 MARKS = "osD^v"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+STEPS = ("#9CCBE8", "#56A5D6", "#2B7BB5", "#14507D", "#062A47")
+"""From light to dark, for steps of one quantity."""
+AROUND: Any = {"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.75, "linewidth": 0}
 
 
 def histograms(name: str, edges: Sequence[float], counts: Mapping[str, Sequence[int]]) -> str:
@@ -83,7 +88,7 @@ def assignment(field: str, values: Sequence[str], shares: Sequence[Sequence[floa
     def paint(figure: "Figure") -> None:
         axes = figure.subplots()
         table = 100 * np.asarray(shares).T
-        _heat(axes, table, 100.0)
+        heat(axes, table, 100.0)
         axes.set_xticks(range(table.shape[1]), [str(k) for k in range(table.shape[1])])
         axes.set_yticks(range(len(values)), [str(v)[:24] for v in values])
         axes.set_xlabel("cluster")
@@ -109,7 +114,7 @@ def ages(metrics: Sequence[Mapping[str, Any]]) -> str | None:
 
     def paint(figure: "Figure") -> None:
         axes = figure.subplots()
-        _heat(axes, shares[:used], float(shares.max()), numbers=len(told) <= 12)
+        heat(axes, shares[:used], float(shares.max()), numbers=len(told) <= 12)
         step = -(-len(told) // 10)
         axes.set_xticks(range(0, len(told), step), [str(e) for e, _ in told[::step]])
         axes.set_yticks(range(used), [_age(k) for k in range(used)])
@@ -166,26 +171,49 @@ def _box(axes: "Axes", values: NDArray[np.float64], at: float, half: float, colo
     axes.plot(beyond, np.full(len(beyond), at), ".", color=colour, markersize=2.2, alpha=0.45, markeredgewidth=0)
 
 
-def plane(points: NDArray[np.float64], group: Sequence[str], title: str, name: str) -> str:
-    """Points [n, 2], each with its group's colour and mark."""
+def plane(
+    points: NDArray[np.float64],
+    group: Sequence[str] | NDArray[np.str_],
+    title: str,
+    name: str,
+    shown: Sequence[str] | None = None,
+    ordered: bool = False,
+) -> str:
+    """Points [n, 2], each with its group's colour and mark, and at each group's mean its letter in the legend.
+
+    Args:
+        shown: the groups in the order of the legend, whoever is in none of them grey; None: all by name.
+        ordered: the groups are steps of one quantity: colours from light to dark.
+    """
+    names, told = np.asarray(group), sorted(set(group)) if shown is None else shown
+    colours = STEPS[-len(told) :] if ordered and len(told) <= len(STEPS) else COLOURS
 
     def paint(figure: "Figure") -> None:
         axes = figure.subplots()
-        names = np.asarray(group)
-        for k, g in enumerate(sorted(set(group))):
+        others = ~np.isin(names, told)
+        if others.any():
+            axes.plot(*points[others].T, "o", color=OTHER, markersize=1.6, alpha=0.5, markeredgewidth=0)
+        for k, g in enumerate(told):
             x, y = points[names == g].T
-            axes.plot(x, y, MARKS[k % len(MARKS)], color=COLOURS[k % len(COLOURS)], markersize=2.2, alpha=0.55,
-                      markeredgewidth=0, label=f"{g} ({len(x):,})")  # fmt: skip
+            label = f"{LETTERS[k % 26]}  {textwrap.shorten(g, 34, placeholder='…')} ({len(x):,})"
+            axes.plot(x, y, MARKS[k % len(MARKS)], color=colours[k % len(colours)], markersize=2.6, alpha=0.6,
+                      markeredgewidth=0, label=label)  # fmt: skip
+        for k, g in enumerate(told):
+            x, y = points[names == g].mean(0)
+            axes.text(x, y, LETTERS[k % 26], ha="center", va="center", fontsize=8.5,
+                      fontweight="bold", bbox=AROUND)  # fmt: skip
         axes.set_xlabel("first principal component")
         axes.set_ylabel("second")
         axes.set_title(title, loc="left", fontsize=9)
         axes.tick_params(length=0)
-        axes.legend(frameon=False, fontsize=8.5, markerscale=2.5)
+        figure.legend(frameon=False, fontsize=8.5, markerscale=2.5, loc="outside lower left", handletextpad=0.2,
+                      ncols=1 if max(map(len, told)) > 20 else 2)  # fmt: skip
 
-    return draw(3.2, paint, name)
+    rows = len(told) if max(map(len, told)) > 20 else -(-len(told) // 2)
+    return draw(3.2 + 0.17 * rows, paint, name)
 
 
-def _heat(axes: "Axes", table: NDArray[np.float64], most: float, numbers: bool = True) -> None:
+def heat(axes: "Axes", table: NDArray[np.float64], most: float, numbers: bool = True) -> None:
     """Cells whose shade is their number, which stands in them too."""
     from matplotlib.patches import Rectangle
 

@@ -93,7 +93,7 @@ def support_popularity(batch: TaskBatch) -> list[Tensor]:
     for block in batch:
         side = block.support
         counts = side.label.new_zeros(len(block.task), len(batch.items))
-        counts.scatter_add_(1, side.item, torch.where(side.mask & (side.label > 0), 1.0, 0.0))
+        counts.scatter_add_(1, side.item, (side.mask & (side.label > 0)).to(counts))
         scores.append(counts.gather(1, block.query.item))
     return scores
 

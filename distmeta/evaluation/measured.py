@@ -21,6 +21,8 @@ from distmeta.data.tables import to_polars
 BINS = 80
 FACT = "fact:"
 """What the columns of tasks begin with that hold a method's facts (Method.facts)."""
+TRAIT = "trait:"
+"""What the columns of traits begin with that hold a method's traits (Method.traits)."""
 
 
 @dataclass
@@ -56,12 +58,16 @@ class Measured:
     rows, or labels are clicks, whose pooled AUC needs them."""
     errors: ErrorHistogram
     """Signed errors of the split test."""
+    traits: pl.DataFrame | None = None
+    """One row a sampled test task and support, by (task, support): task int64, support int64 (0, or its number among
+    those drawn of a scenario), cohort, rows int64 and mean float64 of the support's labels (NaN of none), and TRAIT
+    columns, arrays of float32. Only where the method has traits."""
 
     def to_ipc(self) -> bytes:
         """As Arrow IPC streams, one after the other; `from_ipc` reads them back to the same."""
         edges, counts = self.errors.edges, np.r_[self.errors.counts, 0]
         tables = [self.tasks.to_arrow(), pa.table({"edges": edges, "counts": counts})]
-        tables += [self.rows.to_arrow()] if self.rows is not None else []
+        tables += [frame.to_arrow() for frame in (self.rows, self.traits) if frame is not None]
         sink = io.BytesIO()
         for table in tables:
             with pa.ipc.new_stream(sink, table.schema) as stream:
@@ -78,20 +84,23 @@ class Measured:
         source, tables = pa.BufferReader(data), []
         while source.tell() < len(data):
             tables.append(pa.ipc.open_stream(source).read_all())
-        if len(tables) not in (2, 3):
-            raise pa.ArrowInvalid(f"{len(tables)} tables where a measurement has 2 or 3")
-        tasks, errors, *rows = tables
+        if not 2 <= len(tables) <= 4:
+            raise pa.ArrowInvalid(f"{len(tables)} tables where a measurement has 2 to 4")
+        tasks, errors, *others = tables
         edges, counts = errors["edges"].to_numpy(), errors["counts"].to_numpy()[:-1].copy()
-        return cls(to_polars(tasks), to_polars(rows[0]) if rows else None, ErrorHistogram(edges, counts))
+        more = {"traits" if "support" in t.column_names else "rows": to_polars(t) for t in others}
+        return cls(to_polars(tasks), more.get("rows"), ErrorHistogram(edges, counts), more.get("traits"))
 
     @classmethod
     def concat(cls, parts: Sequence[Self]) -> Self:
         """Several workers' or splits' together, sorted; at least one."""
         rows = [p.rows for p in parts if p.rows is not None]
+        traits = [p.traits for p in parts if p.traits is not None]
         return cls(
             _sorted(pl.concat([p.tasks for p in parts], how="diagonal")),  # a part without tasks has no facts
             pl.concat(rows).sort("task", "position") if rows else None,
             ErrorHistogram(parts[0].errors.edges, np.sum([p.errors.counts for p in parts], axis=0)),
+            pl.concat(traits).sort("task", "support") if traits else None,
         )
 
 

@@ -1,12 +1,15 @@
 """Points of many dimensions on a plane, and how far apart their groups are."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 MOST = 4000
 """More points than this are thinned evenly: all their distances are looked at."""
+CHUNK = 500
+"""Points whose distances to all are in memory together."""
 
 
 def project(points: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -18,7 +21,7 @@ def project(points: NDArray[np.float64]) -> NDArray[np.float64]:
     return centred @ (axes * np.where(signs == 0, 1, signs)[:, None]).T
 
 
-def silhouette(points: NDArray[np.float64], group: Sequence[str]) -> float | None:
+def silhouette(points: NDArray[np.float64], group: Sequence[str] | NDArray[Any]) -> float | None:
     """Mean silhouette of the groups (Rousseeuw, 1987): 1 far apart, 0 mixed; None for fewer than two groups.
 
     Of a point: (b − a) / max(a, b), a its mean distance to its own group's others, b the least mean distance to
@@ -31,7 +34,8 @@ def silhouette(points: NDArray[np.float64], group: Sequence[str]) -> float | Non
     counts = np.bincount(labels)
     if len(counts) < 2:
         return None
-    sums = cdist(points, points) @ np.eye(len(counts))[labels]
+    member, chunks = np.eye(len(counts))[labels], -(-len(points) // CHUNK)
+    sums = np.concatenate([cdist(some, points) @ member for some in np.array_split(points, chunks)])
     own, rows = counts[labels], np.arange(len(points))
     a = sums[rows, labels] / np.maximum(own - 1, 1)
     means = sums / counts

@@ -65,6 +65,11 @@ class Method(nn.Module, ABC):
         """Numbers [b] of each block's tasks that a report shows (their step size, their cluster), by name."""
         return {}
 
+    def traits(self, state: list[Any], batch: TaskBatch) -> dict[str, list[Tensor]]:
+        """Vectors [b, w] of each block's tasks that a report draws (their context, their routes), by name; asked of a
+        sample of the test tasks (evaluation/sample.py)."""
+        return {}
+
     @abstractmethod
     def adapt(self, batch: TaskBatch) -> list[Any]:
         """Adapted state of each block, from user fields and support rows alone (never `block.query`)."""

@@ -105,6 +105,10 @@ class CMML(Method):
         pairs = zip(state, batch, strict=True)
         return [self.head_of(block).score(self.outputs(block, encoded, context)) for context, block in pairs]
 
+    def traits(self, state: list[Tensor], batch: TaskBatch) -> dict[str, list[Tensor]]:
+        """The context [b, d] of each task (paper 002, Figure 3)."""
+        return {"context": state}
+
     def head_of(self, block: TaskBlock) -> Head:
         """What the outputs stand for: scenarios' rows are positives and negatives whatever the dataset's labels."""
         return self.head if block.query.user is None else self.ranking
@@ -154,3 +158,14 @@ class CMMLSoftM(CMML):
             self.backbone.routes(self.rows(block, encoded, context, block.query)[1])
             for context, block in zip(state, batch, strict=True)
         ]
+
+    def traits(self, state: list[Tensor], batch: TaskBatch) -> dict[str, list[Tensor]]:
+        """Also the routes to each layer [b, m · m] and to the output [b, m], means over a task's query (Figure 4)."""
+        found = super().traits(state, batch)
+        for block, routes in zip(batch, self.routes(state, batch), strict=True):
+            mask = block.query.mask.to(routes[-1].dtype)
+            share = mask / mask.sum(1, keepdim=True).clamp(min=1)
+            for i, route in enumerate(routes, 1):
+                each = route.expand(-1, mask.shape[1], -1, -1)
+                found.setdefault(f"route {i}", []).append(torch.einsum("br,brij->bij", share, each).flatten(1))
+        return found

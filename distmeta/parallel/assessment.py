@@ -69,7 +69,7 @@ def assess_split(
     checkpoint.check_origin(run, kept, config, table.split_hash)
     with numerics(config.train.threads, device_of(config.train)):
         method = _restored(config, run, kept, dataset, dataset_location)
-        loader = Loader(table, dataset, split, evaluation.BATCH, memory=config.train.memory_mb << 20)
+        loader = Loader(table, dataset, split, evaluation.at_once(table), memory=config.train.memory_mb << 20)
         return evaluation.measure(method, loader, dataset.label, split)
 
 

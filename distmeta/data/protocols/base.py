@@ -84,6 +84,8 @@ class Plan:
     """What was decided from the data, in words; the task table's manifest keeps it."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Why -> how many were left out already."""
+    names: dict[int, str] = field(default_factory=dict)
+    """What a report calls test tasks, by task id, where they have names; the manifest keeps them."""
     more: Any = None
     """What else the protocol's tasks need."""
 

@@ -128,8 +128,9 @@ def plan(source: Source, split_seed: int, options: Mapping[str, Any]) -> Plan:
     }
     notes |= _told(counts, items, group, names)
     dropped = {why: int((group == _DROPPED + code).sum()) for code, why in enumerate(REASONS)}
+    tested = {int(s) * KINDS: names[int(s)] for s in np.flatnonzero(group == NEW)}
     more = Scenarios(members, names, cohort, positives, positive)
-    return Plan(split_seed, options, group, notes=notes, dropped=dropped, more=more)
+    return Plan(split_seed, options, group, notes=notes, dropped=dropped, names=tested, more=more)
 
 
 _POSITIVE = {"click": "clicks", "rating": "ratings of {:g} or more"}

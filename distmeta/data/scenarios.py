@@ -138,6 +138,26 @@ def training_pairs(table: TaskTable, dataset: Dataset, exchange: Exchange | None
     return keys // dataset.items, keys % dataset.items
 
 
+def unasked_pairs(table: TaskTable, dataset: Dataset, exchange: Exchange | None = None) -> tuple[Ints, Ints]:
+    """`training_pairs` without those that a list of a validation or test scenario asks about.
+
+    Scenarios overlap: a pair that is asked about may be a positive of a training scenario too (of MovieLens' genres
+    most are), and what learns pairs by heart would be measured by what it was told.
+
+    Raises:
+        UserError: a part is missing or damaged.
+    """
+    user, item = training_pairs(table, dataset, exchange)
+    keys, columns = user * dataset.items + item, ["user", "item", "role"]
+    for split in ("valid", "test"):
+        groups = [(v, range(len(g))) for v, g in enumerate(table.groups(split)) if g]
+        for part in table.stream(split, groups, columns):
+            asking, of, role = (ragged(part[name], pa.int32())[0] for name in columns)
+            asked = role == QUERY
+            keys = np.setdiff1d(keys, asking[asked].astype(np.int64) * dataset.items + of[asked], assume_unique=False)
+    return keys // dataset.items, keys % dataset.items
+
+
 class ScenarioCollator:
     """Makes TaskBatches of `tasks`. Holds scratch memory: one thread at a time.
 

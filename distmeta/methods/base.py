@@ -18,10 +18,12 @@ Either way `adapt(batch)` looks at support rows only and `predict(state, batch)`
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distmeta.data.schema import Dataset
@@ -43,6 +45,8 @@ class Method(nn.Module, ABC):
     """0: learned by gradient. Otherwise the number of statistics/solve passes."""
     groups: int = 1
     """Number of gradient groups (clusters of tasks)."""
+    prepares: bool = False
+    """Whether `prepare` is to be called before training begins."""
     summed: bool = False
     """Whether a group's set takes the sum over its tasks and not their mean."""
 
@@ -56,6 +60,11 @@ class Method(nn.Module, ABC):
     def memories(self) -> dict[str, Memory]:
         """The states that all workers share, empty, by name."""
         return {}
+
+    def prepare(self, user: NDArray[np.int64], item: NDArray[np.int64]) -> Iterator[str]:
+        """Set the parameters that are learned beforehand from the training positives (user, item), each pair once, by
+        (user, item); yields what there is to say after each pass over them. Called in one process alone, for all."""
+        raise TypeError(f"{self.name} has nothing to prepare")
 
     def write(self) -> None:
         """Write to `shared` what the tasks of the step came to; called once a step after backward, also on a worker

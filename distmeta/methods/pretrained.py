@@ -26,7 +26,7 @@ Ints = NDArray[np.int64]
 
 SEED = 0
 """Vectors belong to a data set and a split: they do not depend on a run's seed."""
-SWEEPS, ALPHA, PENALTY = 8, 10.0, 30.0
+SWEEPS, ALPHA, PENALTY = 5, 10.0, 100.0
 """Of ALS: times that both sides are solved, what a positive weighs beyond 1, and the ridge penalty."""
 EPOCHS, RATE, DECAY, BATCH, START = 30, 0.05, 0.01, 1024, 0.1
 """Of BPR: passes over the positives, step size, λ, positives a step, standard deviation of the vectors at first."""

@@ -63,7 +63,7 @@ class Method(nn.Module, ABC):
 
     def prepare(self, user: NDArray[np.int64], item: NDArray[np.int64]) -> Iterator[str]:
         """Set the parameters that are learned beforehand from the training positives (user, item), each pair once, by
-        (user, item); yields what there is to say after each pass over them. Called in one process alone, for all."""
+        (user, item); yields what there is to say meanwhile. Called in one process alone, for all."""
         raise TypeError(f"{self.name} has nothing to prepare")
 
     def write(self) -> None:

@@ -54,15 +54,20 @@ class Pairs:
 Factors = tuple[Tensor, Tensor]
 """Vectors of Pairs.users [m, f] and of Pairs.items [n, f], float64."""
 
+Learning = Iterator[tuple[float, Factors]]
+"""How much of the work is done, from 0 to 1, and the vectors so far; often, as somebody waits for a sign of life."""
 
-def als(pairs: Pairs, width: int) -> Iterator[Factors]:
-    """The vectors after each of SWEEPS sweeps, users solved before items."""
+
+def als(pairs: Pairs, width: int) -> Learning:
+    """SWEEPS sweeps, users solved before items."""
     by_user, by_item = _Lists.of(pairs.user, pairs.item), _Lists.of(pairs.item, pairs.user)
-    y = _normal(len(pairs.items), width, "pretrained/als") / width**0.5
-    for _ in range(SWEEPS):
-        x = _solved(by_user, y)
-        y = _solved(by_item, x)
-        yield x, y
+    x, y = torch.zeros(0, width), _normal(len(pairs.items), width, "pretrained/als") / width**0.5
+    for sweep in range(SWEEPS):
+        for done, x in _solved(by_user, y):
+            yield (sweep + done / 2) / SWEEPS, (x, y)
+        for done, new in _solved(by_item, x):
+            yield (sweep + 0.5 + done / 2) / SWEEPS, (x, new)
+            y = new
 
 
 @dataclass(frozen=True)
@@ -91,17 +96,18 @@ class _Lists:
             yield self.order[a:b], torch.from_numpy(index), torch.from_numpy(mask)
 
 
-def _solved(lists: _Lists, y: Tensor) -> Tensor:
-    """The vectors of one side [n, f] from those of the other [m, f]."""
-    x, gram = y.new_zeros(len(lists.order), y.shape[1]), y.T @ y
+def _solved(lists: _Lists, y: Tensor) -> Iterator[tuple[float, Tensor]]:
+    """The vectors of one side [n, f] from those of the other [m, f]: how many are there, from 0 to 1, and all."""
+    x, gram, done = y.new_zeros(len(lists.order), y.shape[1]), y.T @ y, 0
     for whose, index, mask in lists.blocks():
         weight = mask.to(y)
         x[torch.from_numpy(whose)] = folded(y[index], gram, ALPHA * weight, (1 + ALPHA) * weight, PENALTY)
-    return x
+        done += len(whose)
+        yield done / len(x), x
 
 
-def bpr(pairs: Pairs, width: int) -> Iterator[Factors]:
-    """The vectors after each of EPOCHS passes; users who took every item teach nothing."""
+def bpr(pairs: Pairs, width: int) -> Learning:
+    """EPOCHS passes; users who took every item teach nothing."""
     w = START * _normal(len(pairs.users), width, "pretrained/bpr users")
     h = START * _normal(len(pairs.items), width, "pretrained/bpr items")
     n = len(pairs.items)
@@ -116,7 +122,7 @@ def bpr(pairs: Pairs, width: int) -> Iterator[Factors]:
             of_user, of_item, of_other = ascent(w[user_], h[item], h[other])
             w.index_add_(0, user_, of_user, alpha=RATE)
             h.index_add_(0, torch.cat((item, other)), torch.cat((of_item, of_other)), alpha=RATE)
-        yield w, h
+        yield (epoch + 1) / EPOCHS, (w, h)
 
 
 def ascent(w: Tensor, h: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,20 +131,21 @@ def ascent(w: Tensor, h: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return g * (h - other) - DECAY * w, g * w - DECAY * h, -g * w - DECAY * other
 
 
-LEARN: dict[str, Callable[[Pairs, int], Iterator[Factors]]] = {"als": als, "bpr": bpr}
+LEARN: dict[str, Callable[[Pairs, int], Learning]] = {"als": als, "bpr": bpr}
 
 
 def learn(kind: str, user: Ints, item: Ints, into: tuple[Tensor, Tensor]) -> Iterator[str]:
     """Fill tables `into` (users [U, f], items [I, f]) by LEARN[kind] from one positive or more, each once, by (user,
-    item); yields what there is to say after each pass.
+    item); yields what there is to say meanwhile.
 
     Each table's numbers are scaled to a mean square of 1 over the rows that were learned.
     """
     pairs = Pairs.of(user, item)
     about = f"{kind} vectors of {len(pairs.users):,} users and {len(pairs.items):,} items from {len(user):,} positives"
     found: Factors = into
-    for number, found in enumerate(LEARN[kind](pairs, into[0].shape[1]), 1):  # noqa: B007
-        yield f"{about}: pass {number}"
+    for done, vectors in LEARN[kind](pairs, into[0].shape[1]):
+        found = vectors
+        yield f"{about}: {done:.0%}"
     for table, rows, vectors in zip(into, (pairs.users, pairs.items), found, strict=True):
         scaled = vectors / vectors.square().mean().sqrt().clamp(min=1e-12)
         table.zero_()

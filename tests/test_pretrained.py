@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import oracle
 import pytest
 import scenarioworld as world
 import tiny
 import torch
+from cmml_oracle import cmml, scenarios
 from numpy.typing import NDArray
 
 from distmeta import cli, draws
@@ -89,6 +91,25 @@ def test_who_took_everything_and_who_took_nothing() -> None:
         torch.testing.assert_close(
             torch.stack((users[known].square().mean(), items.square().sum() / 12)), torch.ones(2)
         )
+
+
+def test_vectors_are_features_as_ids_are() -> None:
+    """With the tables of a method that learns ids, the loss is that method's, and so is every gradient."""
+    ids = cmml("cmml-film", user_ids=True, item_ids=True)
+    vectors = cmml("cmml-film", item_ids=False, pretrained="als", pretrained_width=3, pretrained_frozen=False)
+    places = {"user_tables.3": "user_vectors", "item_tables.3": "item_vectors"}
+    names = {n: n for n, _ in ids.named_parameters()}
+    names |= {f"embedding.{a}.weight": f"embedding.{b}.weight" for a, b in places.items()}
+    batch = scenarios(oracle.batch([[5, 3, 0]], [[4, 6, 2]]))
+    with torch.no_grad():
+        for theirs, ours in names.items():
+            vectors.get_parameter(ours).copy_(ids.get_parameter(theirs))
+    losses = vectors.loss(batch), ids.loss(batch)
+    torch.testing.assert_close(*losses)
+    found = [oracle.gradients(loss, m) for loss, m in zip(losses, (vectors, ids), strict=True)]  # type: ignore[arg-type]
+    for theirs, ours in names.items():
+        torch.testing.assert_close(found[0][ours], found[1][theirs])
+    assert all(bool((found[0][f"embedding.{name}.weight"] != 0).any()) for name in places.values())
 
 
 @pytest.fixture(scope="module")

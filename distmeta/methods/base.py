@@ -11,6 +11,9 @@ A method that learns by gradient may keep several sets of some parameters, of wh
 says how many, `grouped()` which parameters, `grouped_loss(batch)` whose set each task used. A set is then
 averaged over its own tasks, and one that no task used stays as it is.
 
+What it learns before its first task (vectors of users and items, say), it takes from the training positives: it
+`prepares`, and `prepare(user, item)` is called once for all workers, who are given the parameters it came to.
+
 It may also read and write state that the tasks of all workers share: `memories()` declares it, `self.shared` holds
 what it is reached through, `write()` hands over what a step's tasks wrote.
 

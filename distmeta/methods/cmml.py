@@ -8,7 +8,8 @@ and an item's once a batch wherever a layer is linear in them.
 
 The loss is the query's: squared error of ratings (Eq. 5); of clicks the cross-entropy, as for the other methods, or
 with --query-loss hinge that of Eq. 4, which is what scenarios of positives and sampled negatives are learned by in any
-case but --query-loss cross-entropy. A task without support has a context that is learned, from those whose support
+case but --query-loss cross-entropy. Their users and items may bring vectors of collaborative filtering (--pretrained;
+§4.1.1, after s²Meta). A task without support has a context that is learned, from those whose support
 --hidden-support hides.
 """
 

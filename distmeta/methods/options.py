@@ -223,7 +223,8 @@ class CMML:
     pretrained: str = option(
         "none",
         "Scenarios: vectors of users and items as features too, learned beforehand from the training scenarios'"
-        " positives by collaborative filtering: implicit ALS, or BPR.",
+        " positives (but for pairs that validation and test ask about) by collaborative filtering: implicit ALS, or"
+        " BPR.",
         ("none", "als", "bpr"),
     )
     pretrained_width: int = option(128, "Width of these vectors; s²Meta's are 128 wide.", least=1)

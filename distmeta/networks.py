@@ -78,6 +78,7 @@ class Embedding(nn.Module):
         item_ids: whether the item's own index is a feature too; the papers leave it out, practice does not.
         user_ids: whether the user's is, where tasks are scenarios; where they are users, new ones have none.
         scale: standard deviation that the tables start with.
+        vectors: width of vectors that users (of scenarios) and items have besides, all 0 until somebody sets them.
     """
 
     def __init__(
@@ -88,10 +89,11 @@ class Embedding(nn.Module):
         item_ids: bool,
         user_ids: bool = False,
         scale: float = 0.1,
+        vectors: int = 0,
     ) -> None:
         super().__init__()
         user_fields, item_fields = content_fields(dataset)
-        if not user_fields and not item_fields and not item_ids:
+        if not user_fields and not item_fields and not item_ids and not vectors:
             raise UserError(f"{dataset.name}: has no user or item fields to learn from; add --item-ids")
         # ModuleDict forbids dots in names, which a user's own table may have: the tables go by position there
         self.user_names = [f.name for f in user_fields] + ([USER_ID] if user_ids else [])
@@ -100,8 +102,10 @@ class Embedding(nn.Module):
         self.user_tables = nn.ModuleList(Table(n, width, scale) for n in sizes)
         sizes = [f.size for f in item_fields] + ([dataset.items] if item_ids else [])
         self.item_tables = nn.ModuleList(Table(n, width, scale) for n in sizes)
-        self.user_width = width * len(self.user_tables)
-        self.item_width = width * len(self.item_tables)
+        self.user_vectors = Table(dataset.users, vectors, 0.0) if vectors else None
+        self.item_vectors = Table(dataset.items, vectors, 0.0) if vectors else None
+        self.user_width = width * len(self.user_tables) + vectors
+        self.item_width = width * len(self.item_tables) + vectors
         # buffers, so that the items' fields follow the module's device and precision; a checkpoint leaves them out
         for i, f in enumerate(item_fields):
             self.register_buffer(f"item_index_{i}", items[f.name].index, persistent=False)
@@ -130,23 +134,32 @@ class Embedding(nn.Module):
             UserError: user ids are a feature and the tasks are users.
         """
         bags = self.item_bags(batch.items)
-        items = Unique(self._lookup(self.items(), bags, batch.items.shape[0]))
+        items = Unique(self._lookup(self.items(), bags, batch.items.shape[0], self.item_vectors, batch.items))
         if batch.users is None:
             if USER_ID in self.user_names:
                 raise UserError("--user-ids: the tasks are users, of whom new ones have no learned id; leave it out")
             return Encoded(self, items, bags)
         user_bags = {**batch.user_fields, USER_ID: Bag(batch.users.unsqueeze(1), None)}
-        users = Unique(self._lookup(self.users(), user_bags, batch.users.shape[0]))
+        users = Unique(self._lookup(self.users(), user_bags, batch.users.shape[0], self.user_vectors, batch.users))
         return Encoded(self, items, bags, users, user_bags)
 
     def user_place(self, block: TaskBlock) -> UserPlace:
         bags = {name: block.user[name] for name in self.user_names}
         return UserPlace(self._lookup(self.users(), bags, block.task.shape[0]), bags)
 
-    def _lookup(self, tables: Mapping[str, Table], bags: Mapping[str, Bag], rows: int) -> Tensor:
-        if not tables:
-            return next(self.parameters()).new_zeros(rows, 0)
-        return lookup([t.weight for t in tables.values()], [bags[name] for name in tables])
+    def _lookup(
+        self,
+        tables: Mapping[str, Table],
+        bags: Mapping[str, Bag],
+        rows: int,
+        vectors: Table | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        """Tables looked up side by side, [rows, width]; after them the `vectors` at `index` (int64 [rows])."""
+        found = [lookup([t.weight for t in tables.values()], [bags[name] for name in tables])] if tables else []
+        if vectors is not None and index is not None:
+            found.append(gather(vectors.weight, index))
+        return torch.cat(found, -1) if found else next(self.parameters()).new_zeros(rows, 0)
 
 
 class Encoded:

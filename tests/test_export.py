@@ -40,9 +40,14 @@ def test_the_graph_answers_as_the_method_does(name, changes):
         assert not found.requires_grad
 
 
-@pytest.mark.parametrize(("name", "encoder"), [("cmml-film", "gru"), ("cmml-softm", "mean")])
-def test_scenarios_have_a_graph_too(name, encoder):
-    m = cmml(name, encoder=encoder, user_ids=True).float()
+@pytest.mark.parametrize(
+    ("name", "encoder", "pretrained"), [("cmml-film", "gru", "none"), ("cmml-softm", "mean", "als")]
+)
+def test_scenarios_have_a_graph_too(name, encoder, pretrained):
+    m = cmml(name, encoder=encoder, user_ids=True, pretrained=pretrained, pretrained_width=6).float()
+    for table in (m.embedding.user_vectors, m.embedding.item_vectors):
+        if table is not None:
+            torch.nn.init.normal_(table.weight)
     graph = exported(m, scenarios=True).module()
     for people in (4, 1):
         batch = scenarios(oracle.batch([[9, 4]], [[11, 30]]), people).to("cpu", torch.float32)

@@ -11,6 +11,9 @@ A method that learns by gradient may keep several sets of some parameters, of wh
 says how many, `grouped()` which parameters, `grouped_loss(batch)` whose set each task used. A set is then
 averaged over its own tasks, and one that no task used stays as it is.
 
+What it learns before its first task (vectors of users and items, say), it takes from the training positives: it
+`prepares`, and `prepare(user, item)` is called once for all workers, who are given the parameters it came to.
+
 It may also read and write state that the tasks of all workers share: `memories()` declares it, `self.shared` holds
 what it is reached through, `write()` hands over what a step's tasks wrote.
 
@@ -18,10 +21,12 @@ Either way `adapt(batch)` looks at support rows only and `predict(state, batch)`
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distmeta.data.schema import Dataset
@@ -43,6 +48,8 @@ class Method(nn.Module, ABC):
     """0: learned by gradient. Otherwise the number of statistics/solve passes."""
     groups: int = 1
     """Number of gradient groups (clusters of tasks)."""
+    prepares: bool = False
+    """Whether `prepare` is to be called before training begins."""
     summed: bool = False
     """Whether a group's set takes the sum over its tasks and not their mean."""
 
@@ -56,6 +63,11 @@ class Method(nn.Module, ABC):
     def memories(self) -> dict[str, Memory]:
         """The states that all workers share, empty, by name."""
         return {}
+
+    def prepare(self, user: NDArray[np.int64], item: NDArray[np.int64]) -> Iterator[str]:
+        """Set the parameters that are learned beforehand from the training positives (user, item), each pair once, by
+        (user, item); yields what there is to say meanwhile. Called in one process alone, for all."""
+        raise TypeError(f"{self.name} has nothing to prepare")
 
     def write(self) -> None:
         """Write to `shared` what the tasks of the step came to; called once a step after backward, also on a worker

@@ -8,14 +8,18 @@ and an item's once a batch wherever a layer is linear in them.
 
 The loss is the query's: squared error of ratings (Eq. 5); of clicks the cross-entropy, as for the other methods, or
 with --query-loss hinge that of Eq. 4, which is what scenarios of positives and sampled negatives are learned by in any
-case but --query-loss cross-entropy. A task without support has a context that is learned, from those whose support
+case but --query-loss cross-entropy. Their users and items may bring vectors of collaborative filtering (--pretrained;
+§4.1.1, after s²Meta). A task without support has a context that is learned, from those whose support
 --hidden-support hides.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distmeta import draws
@@ -25,6 +29,7 @@ from distmeta.methods import modulation, options
 from distmeta.methods.base import Method
 from distmeta.methods.contexts import Hybrid, Label, encoder
 from distmeta.methods.heads import RANKING, Head, chosen
+from distmeta.methods.pretrained import learn
 from distmeta.networks import Embedding, Encoded
 from distmeta.tasks import Bag, Rows, TaskBatch, TaskBlock
 
@@ -56,7 +61,11 @@ class CMML(Method):
         super().__init__(o, dataset, items)
         self.head = chosen(dataset, o.query_loss)
         self.ranking = self.head if o.query_loss == "cross-entropy" else RANKING
-        self.embedding = Embedding(dataset, items, o.embedding, o.item_ids, o.user_ids, o.embedding_std)
+        vectors = o.pretrained_width if o.pretrained != "none" else 0
+        self.embedding = Embedding(dataset, items, o.embedding, o.item_ids, o.user_ids, o.embedding_std, vectors)
+        self.prepares = bool(vectors)
+        for table in self._vectors():
+            table.requires_grad_(not o.pretrained_frozen)
         d = self.embedding.user_width + self.embedding.item_width
         self.label = Label(dataset.label, o.labels, d)
         self.encoder = encoder(o.encoder, d + self.label.width, o.units, o.encoder_hidden, d)
@@ -64,6 +73,15 @@ class CMML(Method):
         """The context of a task without support."""
         self.hybrid = Hybrid(o.hybrid, d)
         self.backbone = self.modulated(d, o, self.head.start)
+
+    def _vectors(self) -> list[Tensor]:
+        """The tables of users and of items that are learned before training, where they are wanted."""
+        e = self.embedding
+        return [t.weight for t in (e.user_vectors, e.item_vectors) if t is not None]
+
+    def prepare(self, user: NDArray[np.int64], item: NDArray[np.int64]) -> Iterator[str]:
+        users, items = self._vectors()
+        return learn(self.options.pretrained, user, item, (users, items))
 
     def context(self, block: TaskBlock, encoded: Encoded, hidden: Tensor | None = None) -> Tensor:
         """C [b, d] of the block's tasks from their support; without it where `hidden` (bool [b])."""

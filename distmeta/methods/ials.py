@@ -98,7 +98,7 @@ class IALS(ClosedForm):
                 matrix = normal.new_zeros(len(normal), self.width, self.width)
                 matrix[:, upper[0], upper[1]] = normal[:, : -self.width]
                 matrix[:, upper[1], upper[0]] = normal[:, : -self.width]
-                solved = self._ridge(matrix + statistics["gram"], normal[:, -self.width :])
+                solved = ridge(matrix + statistics["gram"], normal[:, -self.width :], self.options.penalty)
                 self.vectors[first : first + SOLVE_ITEMS] = solved
         self.gram.copy_(self.vectors.T @ self.vectors)
 
@@ -132,14 +132,7 @@ class IALS(ClosedForm):
 
     def _users(self, side: Rows, items: Tensor) -> Tensor:
         """x_u of each task's rows, [b, factors]; 0 without a click."""
-        y = self.vectors[items][side.item]
-        sure, liked = self._weights(side)
-        return self._ridge(self.gram + (y * sure[..., None]).mT @ y, (y * liked[..., None]).sum(1))
-
-    def _ridge(self, matrix: Tensor, right: Tensor) -> Tensor:
-        """(matrix + penalty · I)⁻¹ right for [n, f, f] and [n, f]."""
-        eye = torch.eye(self.width, dtype=matrix.dtype, device=matrix.device)
-        return torch.linalg.solve(matrix + self.options.penalty * eye, right)
+        return folded(self.vectors[items][side.item], self.gram, *self._weights(side), self.options.penalty)
 
     def _histogram(self, batch: TaskBatch) -> Tensor:
         """(clicks, rows, Σ z) of the rows set apart by bin of z: float64 [bins, 2 + 3]."""
@@ -155,6 +148,23 @@ class IALS(ClosedForm):
                 z, label = self._z(user, side, batch)[asked], side.label[asked]
                 sums.index_add_(0, _bin(z), torch.cat((label[:, None], torch.ones_like(label)[:, None], z), 1))
         return sums
+
+
+def folded(y: Tensor, gram: Tensor, sure: Tensor, liked: Tensor, penalty: float) -> Tensor:
+    """One side's vectors x [n, f] given the other's (Hu et al., Eq. 4, 5).
+
+    Args:
+        y: [n, R, f], the others of each one's rows.
+        gram: [f, f], Σ y yᵀ over all others.
+        sure, liked: [n, R], c − 1 and c p of the rows; 0 on padding.
+    """
+    return ridge(gram + (y * sure[..., None]).mT @ y, (y * liked[..., None]).sum(1), penalty)
+
+
+def ridge(matrix: Tensor, right: Tensor, penalty: float) -> Tensor:
+    """(matrix + penalty · I)⁻¹ right for [n, f, f] and [n, f]."""
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    return torch.linalg.solve(matrix + penalty * eye, right)
 
 
 def _apart(block: TaskBlock) -> Tensor:

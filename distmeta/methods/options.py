@@ -220,6 +220,15 @@ class CMML:
     embedding_std: float = option(0.1, "Standard deviation that the embeddings start with.", above=0)
     item_ids: bool = option(False, "Use the item's id as a feature too; the papers use content alone.")
     user_ids: bool = option(False, "Scenarios: use the user's id as a feature too.")
+    pretrained: str = option(
+        "none",
+        "Scenarios: vectors of users and items as features too, learned beforehand from the training scenarios'"
+        " positives (but for pairs that validation and test ask about) by collaborative filtering: implicit ALS, or"
+        " BPR.",
+        ("none", "als", "bpr"),
+    )
+    pretrained_width: int = option(128, "Width of these vectors; s²Meta's are 128 wide.", least=1)
+    pretrained_frozen: bool = option(True, "Leave these vectors as they are, as s²Meta does; else they are learned on.")
     hidden: tuple[int, ...] = option((), "Widths of the backbone's hidden layers; by default as --sizes.", least=1)
     leaky: float = option(0.01, "Slope of the backbone's ReLU below 0; the paper's text has 0.", least=0)
     encoder: str = option(

@@ -31,6 +31,7 @@ from distmeta.parallel import standing
 from distmeta.parallel.checkpoint import Stateful
 from distmeta.parallel.clusters import survey_of
 from distmeta.parallel.keeping import Keeper
+from distmeta.parallel.preparing import prepare
 from distmeta.parallel.progress import Progress
 from distmeta.parallel.standing import Standing, Words
 from distmeta.parallel.timing import Times, together
@@ -109,6 +110,7 @@ def train(
             config, run, method, tasks, valid, table.split_hash, exchange, log, dataset.label, device, fence
         )
         try:
+            training.prepare(table, dataset)
             return training.solve() if method.sweeps else training.learn()
         finally:
             training.keeper.writing.wait()
@@ -137,6 +139,8 @@ class _Training:
         self.driver, self.fence = exchange.rank == 0, fence or (lambda: None)
         self.screen = Progress(log if self.driver else lambda _: None)
         self.step = self.epoch = self.batch = 0
+        self.begun = False
+        """There is a checkpoint."""
         self.keeper = Keeper(config, run, split_hash, exchange, self.fence)
         self._begin(Standing())
         self.history: list[dict[str, Any]] = []
@@ -157,6 +161,12 @@ class _Training:
         with self.times.phase("exchange"):
             for shared in self.method.shared.values():
                 shared.flush()
+
+    def prepare(self, table: TaskTable, dataset: Dataset) -> None:
+        """What the method learns beforehand, kept as the checkpoint of step 0; nothing where there is one already."""
+        if self.method.prepares and not self.begun:
+            prepare(self.method, table, dataset, self.exchange, self.screen)
+            self._save()
 
     # ---- the loop
 
@@ -294,6 +304,7 @@ class _Training:
         found = self.keeper.newest()
         if found is None:
             return
+        self.begun = True
         checkpoints.restore_params(self.run, found, self.method, self.config.method)
         if self.update:
             self.keeper.restore_moments(found, self.update)

@@ -1,6 +1,7 @@
 """OUT/TABLE.md and OUT/TABLE.html: a reproduced table for a README, and a page with its pictures."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -20,6 +21,8 @@ _PAIRED_NOTE = (
 )
 NORMAL = 1.96
 """Half the width of a 95 % interval in standard errors, as paper 002 has it."""
+MANY = 8
+"""Cells of a row beyond which a page is too narrow to have what stands after ± beside its number."""
 
 Table = Mapping[str, Any]
 """What `reproduction.assemble` gives, with "seeds", "datasets" and "settings" added (commands/reproduce.py)."""
@@ -52,7 +55,7 @@ def page(found: Table, figures: Sequence[str]) -> str:
         title = escape(section["title"] or "Paper and ours")
         body.append(f"<section><h2>{title}</h2>")
         told = (_counted(section), _missing(found, section))
-        body += [f'<p class="note">{escape(said)}</p>' for said in told if said]
+        body += [f'<p class="note">{_words(said)}</p>' for said in told if said]
         body.append(_grouped(*_numbers(found, section)))
         heads, rows = _paired(found, section)
         if rows:
@@ -60,7 +63,7 @@ def page(found: Table, figures: Sequence[str]) -> str:
         body.append("</section>")
     if figures:
         body.append('<section><h2>Users</h2><div class="figures">' + "".join(figures) + "</div></section>")
-    notes = "".join(f"<li>{escape(note)}</li>" for note in found["notes"])
+    notes = "".join(f"<li>{_words(note)}</li>" for note in found["notes"])
     body.append(f"<section><h2>How to read it</h2><ul>{notes}</ul></section>")
     return PAGE.format(title=escape(found["title"]), style=STYLE, body="\n".join(body))
 
@@ -106,8 +109,8 @@ def _missing(found: Table, section: Mapping[str, Any]) -> str:
     """The data sets of a section that not everybody can have and this call had not, and how to have them; or ""."""
     wanted = dict.fromkeys(c["dataset"] for c in section["columns"] if c["ours"] and c["dataset"] in RARE)
     return " ".join(
-        f"{titled(name)} is not at hand: its columns have the paper's numbers alone. `{PREPARE[name]}` makes it of its"
-        f" official files, and --data {name}=DATASET adds ours."
+        f"{titled(name)} is not at hand: its columns have the paper's numbers alone. `{PREPARE[name]}` makes it"
+        f" from the official files, and `--data {name}=DATASET` adds ours."
         for name in wanted
         if not found["datasets"].get(name)
     )
@@ -125,11 +128,11 @@ class Head:
     group: str = ""
     """What it has in common with those beside it, where that is not said elsewhere."""
     first: bool = True
-    """Whether it is told in full: ours beside the paper's is not."""
+    """Whether it is the first of its group."""
 
 
 def flat(head: Head) -> str:
-    """On one line."""
+    """On one line; the group is said once."""
     return f"{head.group} {head.text}".strip() if head.first else head.text
 
 
@@ -167,14 +170,19 @@ def _heads(shown: Shown) -> list[Head]:
     ]
     heads: list[Head] = []
     for name, of in groups:
-        sides = {side for _, _, sides in of for side in sides}
-        group = f"{name} ({sides.pop()})" if len(sides) == 1 else name if len(groups) > 1 else ""
-        for _, c, mine in of:
-            if len(mine) == 2:
-                heads += [Head(f"{c['head']}: paper", group), Head("ours", group, first=False)]
-            else:
-                heads.append(Head(c["head"] if len(sides) < 2 else f"{c['head']}: {mine[0]}", group))
+        group_sides = {side for _, _, sides in of for side in sides}
+        one_sided = "" if len(group_sides) > 1 else f" ({min(group_sides)})"
+        group = f"{name}{one_sided}" if one_sided or len(groups) > 1 else ""
+        texts = [text for _, c, mine in of for text in _texts(c["head"], mine, len(group_sides) > 1)]
+        heads += [Head(text, group, first=i == 0) for i, text in enumerate(texts)]
     return heads
+
+
+def _texts(head: str, sides: Sequence[str], told: bool) -> list[str]:
+    """What stands above the sides of a column; `told`: which side it is has to be said."""
+    if len(sides) == 2:
+        return [f"{head}: paper", "ours"]
+    return [f"{head}: {sides[0]}" if told else head]
 
 
 def _group(key: tuple[str, str]) -> str:
@@ -219,10 +227,11 @@ def _paired(found: Table, section: Mapping[str, Any]) -> tuple[list[Head], list[
     columns = section["columns"]
     kept = [i for i in range(len(columns)) if any(row["differences"][i] for row in section["paired"])]
     several = len({columns[i]["dataset"] for i in kept}) > 1
-    heads = []
+    heads: list[Head] = []
     for c in (columns[i] for i in kept):
         what = str({"mae_ratings": "MAE by user", "rmse": "MSE by user"}.get(c["metric"], c["head"]))
-        heads.append(Head(what, titled(c["dataset"]) if several else ""))
+        group = titled(c["dataset"]) if several else ""
+        heads.append(Head(what, group, first=not heads or heads[-1].group != group))
     body = []
     for row in section["paired"]:
         cells = [
@@ -279,11 +288,17 @@ def _th(text: str, more: str = "") -> str:
     return f'<th scope="col"{more}>{escape(text)}</th>'
 
 
+def _words(text: str) -> str:
+    """HTML of a sentence with `code` in it."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+
+
 def _html(head: str, starts: Sequence[bool], rows: Sequence[tuple[str, Sequence[Cell]]]) -> str:
+    tight = len(starts) > MANY
     body = "".join(
         f'<tr><th scope="row">{escape(name)}</th>'
         + "".join(
-            f"<td{_START * start}>{f'<b>{_narrow(text)}</b>' if stands_out else _narrow(text)}</td>"
+            f"<td{_START * start}>{f'<b>{_narrow(text, tight)}</b>' if stands_out else _narrow(text, tight)}</td>"
             for start, (text, stands_out) in zip(starts, cells, strict=True)
         )
         + "</tr>"
@@ -292,7 +307,10 @@ def _html(head: str, starts: Sequence[bool], rows: Sequence[tuple[str, Sequence[
     return f'<div class="wide"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
 
 
-def _narrow(text: str) -> str:
-    """A cell's HTML, an interval on a line of its own."""
+def _narrow(text: str, tight: bool) -> str:
+    """A cell's HTML, an interval on a line of its own, where the table is `tight` also what stands after ±."""
     value, bracket, rest = escape(text).partition(" [")
+    if tight and not bracket:
+        value, plus_minus, spread = value.partition(" ± ")
+        return f"{value}<small>± {spread}</small>" if plus_minus else value
     return f"{value}<small>[{rest}</small>" if bracket else value

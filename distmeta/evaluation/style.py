@@ -50,6 +50,7 @@ thead th { color: var(--soft); font-weight: 500; font-size: .82rem; border-botto
 th:first-child { text-align: left; padding-left: 0; font-weight: 500; position: sticky; left: 0; background: #fff; }
 td small { display: block; }
 .start { padding-left: 30px; }
+.note + .wide { margin-top: 14px; }
 tr.groups th { text-align: center; border-bottom: 0; padding-bottom: 0; color: var(--ink); position: static; }
 tr.groups td { border: 0; padding: 0; }
 tr.mine th, tr.mine td { color: var(--method); font-weight: 600; }

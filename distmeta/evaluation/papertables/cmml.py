@@ -116,10 +116,10 @@ def _columns(
 _HERE = _recall("movielens-1m", _RECALL)
 _MOVIES = "MovieLens: the paper's scenarios of 20M, and ours of 1M"
 _SCENARIO = ("--sizes", "scenario")
-_WITH_IDS = (*_SCENARIO, "--item-ids", "--user-ids")
+_WITH_IDS = (*_SCENARIO, *_ITEM_IDS, "--user-ids")
 _BIASED = ("--hyper-bias", "0.1")
 _FLAGS = {
-    "movielens-1m": _SCENARIO,
+    "movielens-1m": (*_SCENARIO, *_ITEM_IDS),
     "movielens-20m": (*_WITH_IDS, "--positive-from", "0"),
     "movielens-20m/cmml-film": _BIASED,
     "movielens-20m/cmml-sigmoid": _BIASED,
@@ -144,8 +144,8 @@ _NOTES = (
     " train-popularity, which the paper has not, ranks by how many users took it in any training scenario: a test"
     " scenario shares items with those, and is then no cold start for its items.",
     "Backbone, encoder and hypernetwork have the sizes of the paper's §7.2.1 (--sizes scenario). The paper's embeddings"
-    " of users and items are made beforehand by collaborative filtering; ours are learned with the rest, of the fields"
-    " on MovieLens-1M, of fields and ids elsewhere.",
+    " of users and items are made beforehand by collaborative filtering; ours are learned with the rest: of items'"
+    " fields and ids, and of users' fields, or where there are none of their ids.",
 )
 _ONE_SEED = "Where a number was printed twice, the later table is of five seeds, and the paper's own correction: "
 

@@ -169,9 +169,11 @@ def _heads(shown: Shown) -> list[Head]:
         (_group(key), list(of)) for key, of in groupby(shown, lambda each: (each[1]["dataset"], each[1]["table"]))
     ]
     heads: list[Head] = []
+    papers = any("paper" in sides for _, _, sides in shown)
+    alone = {"paper": " (paper)", "ours": " (ours, other data)" if papers else " (ours)"}
     for name, of in groups:
         group_sides = {side for _, _, sides in of for side in sides}
-        one_sided = "" if len(group_sides) > 1 else f" ({min(group_sides)})"
+        one_sided = "" if len(group_sides) > 1 else alone[min(group_sides)]
         group = f"{name}{one_sided}" if one_sided or len(groups) > 1 else ""
         texts = [text for _, c, mine in of for text in _texts(c["head"], mine, len(group_sides) > 1)]
         heads += [Head(text, group, first=i == 0) for i, text in enumerate(texts)]

@@ -21,7 +21,7 @@ _PAIRED_NOTE = (
 )
 NORMAL = 1.96
 """Half the width of a 95 % interval in standard errors, as paper 002 has it."""
-MANY = 8
+MANY = 7
 """Cells of a row beyond which a page is too narrow to have what stands after ± beside its number."""
 
 Table = Mapping[str, Any]
@@ -52,7 +52,7 @@ def page(found: Table, figures: Sequence[str]) -> str:
         f'<p class="lead">{escape(_said(found))}</p></header>'
     ]
     for section in found["sections"]:
-        title = escape(section["title"] or "Paper and ours")
+        title = escape(section["title"] or ("Paper and ours" if _printed(found) else "Ours"))
         body.append(f"<section><h2>{title}</h2>")
         told = (_counted(section), _missing(found, section))
         body += [f'<p class="note">{_words(said)}</p>' for said in told if said]
@@ -86,10 +86,16 @@ def _said(found: Table) -> str:
     of = f"{n} seed{'s' * (n > 1)} of split and training" if found["confidence"] else f"{n} split seed{'s' * (n > 1)}"
     given = f" Settings besides each method's own defaults: {found['settings']}." if found["settings"] else ""
     percent = " Shares are in %." if found["percent"] else ""
+    best = "the best of the paper's rows, and of ours" if _printed(found) else "the best row"
     return (
         f"Ours: {f'mean {spread}' if n > 1 else ''} {of}, protocol {found['protocol']}, on {sets}.{given}{percent}"
-        " Bold: the best of the paper's rows, and of ours."
+        f" Bold: {best}."
     ).replace("  ", " ")
+
+
+def _printed(found: Table) -> bool:
+    """Whether the paper has any of it."""
+    return any(any(row["paper"]) for section in found["sections"] for row in section["rows"])
 
 
 def _counted(section: Mapping[str, Any]) -> str:
@@ -173,7 +179,7 @@ def _heads(shown: Shown) -> list[Head]:
     alone = {"paper": " (paper)", "ours": " (ours, other data)" if papers else " (ours)"}
     for name, of in groups:
         group_sides = {side for _, _, sides in of for side in sides}
-        one_sided = "" if len(group_sides) > 1 else alone[min(group_sides)]
+        one_sided = "" if len(group_sides) > 1 or (len(groups) == 1 and not papers) else alone[min(group_sides)]
         group = f"{name}{one_sided}" if one_sided or len(groups) > 1 else ""
         texts = [text for _, c, mine in of for text in _texts(c["head"], mine, len(group_sides) > 1)]
         heads += [Head(text, group, first=i == 0) for i, text in enumerate(texts)]
@@ -287,7 +293,7 @@ _START = ' class="start"'
 
 
 def _th(text: str, more: str = "") -> str:
-    return f'<th scope="col"{more}>{escape(text)}</th>'
+    return f'<th scope="col"{more}>{escape(text).replace(": ", "<br>")}</th>'
 
 
 def _words(text: str) -> str:
@@ -312,6 +318,8 @@ def _html(head: str, starts: Sequence[bool], rows: Sequence[tuple[str, Sequence[
 def _narrow(text: str, tight: bool) -> str:
     """A cell's HTML, an interval on a line of its own, where the table is `tight` also what stands after ±."""
     value, bracket, rest = escape(text).partition(" [")
+    if tight and text == LATER:
+        return f"<small>{LATER}</small>"
     if tight and not bracket:
         value, plus_minus, spread = value.partition(" ± ")
         return f"{value}<small>± {spread}</small>" if plus_minus else value

@@ -52,6 +52,7 @@ td small { display: block; }
 .start { padding-left: 30px; }
 .note + .wide { margin-top: 14px; }
 tr.groups th { text-align: center; border-bottom: 0; padding-bottom: 0; color: var(--ink); position: static; }
+thead th { vertical-align: bottom; }
 tr.groups td { border: 0; padding: 0; }
 tr.mine th, tr.mine td { color: var(--method); font-weight: 600; }
 .better { color: var(--better); }

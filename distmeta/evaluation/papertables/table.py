@@ -134,7 +134,7 @@ PREPARE = {
     "bookcrossing-complete": "python -m jobs.prepare bookcrossing --raw BX --out data/bookcrossing-complete --complete",
     "movielens-20m": "python -m jobs.prepare movielens-20m --raw ml-20m --out data/ml-20m",
     "taobao-cloud-theme": "python -m jobs.prepare taobao-cloud-theme --raw themes --out data/themes",
-    "hybrid": "python -m jobs.prepare hybrid --of data/ml-20m data/themes --out data/hybrid",
+    "hybrid": "python -m jobs.prepare hybrid --of data/ml-20m data/themes --positive-from 0 --out data/hybrid",
 }
 """How each data set is made."""
 HEADS = {

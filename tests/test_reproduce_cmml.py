@@ -258,5 +258,5 @@ def test_the_paper_s_numbers_and_where_its_tables_repeat_themselves() -> None:
 def test_what_stands_after_plus_minus_moves_below_where_a_row_is_long() -> None:
     assert reproduction_page._narrow("1.00 ± 0.10", tight=True) == "1.00<small>± 0.10</small>"
     assert reproduction_page._narrow("1.00 ± 0.10", tight=False) == "1.00 ± 0.10"
-    assert reproduction_page._narrow("later issue", tight=True) == "<small>later issue</small>"
+    assert reproduction_page._narrow("later issue", tight=True) == "<small>later<br>issue</small>"
     assert reproduction_page._narrow("+1.00 [+0.10, +2.00]", tight=True) == "+1.00<small>[+0.10, +2.00]</small>"

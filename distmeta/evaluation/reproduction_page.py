@@ -312,14 +312,15 @@ def _html(head: str, starts: Sequence[bool], rows: Sequence[tuple[str, Sequence[
         + "</tr>"
         for name, cells in rows
     )
-    return f'<div class="wide"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+    style = ' class="tight"' if tight else ""
+    return f'<div class="wide"><table{style}><thead>{head}</thead><tbody>{body}</tbody></table></div>'
 
 
 def _narrow(text: str, tight: bool) -> str:
     """A cell's HTML, an interval on a line of its own, where the table is `tight` also what stands after ±."""
     value, bracket, rest = escape(text).partition(" [")
     if tight and text == LATER:
-        return f"<small>{LATER}</small>"
+        return f"<small>{LATER.replace(' ', '<br>')}</small>"
     if tight and not bracket:
         value, plus_minus, spread = value.partition(" ± ")
         return f"{value}<small>± {spread}</small>" if plus_minus else value

@@ -53,6 +53,8 @@ td small { display: block; }
 .note + .wide { margin-top: 14px; }
 tr.groups th { text-align: center; border-bottom: 0; padding-bottom: 0; color: var(--ink); position: static; }
 thead th { vertical-align: bottom; }
+.tight th:not(:first-child), .tight td { padding-left: 5px; padding-right: 5px; }
+.tight .start { padding-left: 20px; }
 tr.groups td { border: 0; padding: 0; }
 tr.mine th, tr.mine td { color: var(--method); font-weight: 600; }
 .better { color: var(--better); }

@@ -79,12 +79,12 @@ CMML_SWITCHES = PaperTable(
         *(
             Ours(label, "cmml-film", flags, against=("CMML-FiLM",))
             for label, flags in (
-                ("γ instead of 1 + γ", ("--no-one-plus",)),
+                ("units scaled by γ alone", ("--no-one-plus",)),
                 ("labels by their value", ("--labels", "value")),
                 ("no labels in the context", ("--labels", "none")),
                 ("encoder detached from the embeddings", ("--detach",)),
                 ("the hypernetwork's biases start from .1", ("--hyper-bias", "0.1")),
-                ("the code's: γ and detached", ("--no-one-plus", "--detach")),
+                ("as in the code: γ alone, detached", ("--no-one-plus", "--detach")),
             )
         ),
     ),

@@ -14,21 +14,19 @@ from torch import Tensor, nn
 
 from distmeta.commands.evaluate import main as evaluate
 from distmeta.commands.train import main as train
+from distmeta.data import tasktable
+from distmeta.data.protocols import scenario as protocol
 from distmeta.data.schema import Dataset
 from distmeta.evaluation import lists
 from distmeta.methods import METHODS, Entry
 from distmeta.methods.base import Method
+from distmeta.storage import Location
 from distmeta.tasks import TaskBatch
 
 
 @dataclass(frozen=True)
 class Options:
     """None."""
-
-
-@dataclass(frozen=True)
-class ScenarioEntry(Entry):
-    scenarios: bool = True
 
 
 class Popular(Method):
@@ -57,7 +55,7 @@ def popular(monkeypatch: pytest.MonkeyPatch) -> str:
     module = types.ModuleType("distmeta.methods.popular")
     module.Popular = Popular  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "distmeta.methods.popular", module)
-    monkeypatch.setitem(METHODS, "popular", ScenarioEntry("popular", "Popular", Options, {"lr": 0.02}))
+    monkeypatch.setitem(METHODS, "popular", Entry("popular", "Popular", Options, {"lr": 0.02}, scenarios=True))
     return "popular"
 
 
@@ -91,3 +89,28 @@ def test_a_scenario_method_is_trained_resumed_and_evaluated(
     capsys.readouterr()
     assert evaluate(["--run", str(tmp_path / "whole"), str(tmp_path / "parts")]) == 0
     assert "all 2 runs together" in capsys.readouterr().out
+
+
+def test_scenarios_that_leave_no_support_or_nobody_to_ask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of every second scenario all users are kept apart: no support, predicted all the same; of the others nobody is:
+    no lists, left out and told. No scenario has 50 candidates: Recall@50 is 1 for all."""
+    world.make(tmp_path / "data", themes=False)
+    monkeypatch.setattr(protocol, "_apart", lambda rows, plan: (rows["scenario"] % 2 == 0).to_numpy())
+    options = {**world.SMALL, "scenario_apart": True}
+    table = tasktable.make(Location.of(tmp_path / "data"), "cmml-scenario", 0, options)
+    assert table.dropped[protocol.UNASKED] > 0
+    tested = world.stored(table, "test")
+    assert tested
+    assert not any(protocol.SUPPORT in task["role"] for task in tested.values())
+    flags = [x for k, v in world.SMALL.items() for x in (f"--{k.replace('_', '-')}", str(v))]
+    flags += ["--data", str(tmp_path / "data"), "--protocol", "cmml-scenario", "--scenario-apart", "--epochs", "1"]
+    sizes = ["--embedding", "4", "--hidden", "8", "--hyper", "8", "--encoder-hidden", "8"]
+    assert train(["cmml-linear", *flags, *sizes, "--run", str(tmp_path / "run")]) == 0
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    everyone = found["cohorts"]["all"]
+    assert everyone["n_tasks"] == len(tested)
+    asked = [{u for u, role in zip(t["user"], t["role"], strict=True) if role == 1} for t in tested.values()]
+    assert everyone["n_lists"] == sum(map(len, asked))
+    assert 0 < everyone["recall@10"] < 1 == everyone["recall@50"]

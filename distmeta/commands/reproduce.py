@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from distmeta.cli import Parser
 from distmeta.commands.settings import Setting, flags_of
 from distmeta.errors import RunError, UserError
-from distmeta.evaluation.papertables import FLOORS, HEADS, PREPARE, TABLES, PaperTable
+from distmeta.evaluation.papertables import HEADS, PREPARE, RARE, TABLES, PaperTable
 from distmeta.evaluation.studies import STUDIES, Study
 from distmeta.fields import nearest
 from distmeta.methods import METHODS
@@ -33,6 +33,7 @@ examples:
   python -m jobs.reproduce paml-2 paml-3 paml-4 hml-2 --data movielens-1m=data/ml-1m bookcrossing=data/bookcrossing
   python -m jobs.reproduce paml-3 --data movielens-1m=data/ml-1m --set item-ids reg-paml:lr=1e-3 hidden=64,64
   python -m jobs.reproduce paml-2 --data movielens-1m=data/ml-1m bookcrossing=none --methods melu transfer
+  python -m jobs.reproduce cmml-2 cmml-4 cmml-5 --data movielens-1m=data/ml-1m movielens-20m=data/ml-20m --jobs 2
   python -m jobs.reproduce mamo-fig2 mamo-fig5 --data movielens-1m=data/ml-1m --panels tau beta --seeds 2
 """
 
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     """
     args = _parse(argv)
     asked = [_asked(name) for name in dict.fromkeys(args.tables)]
-    if args.seeds < 1:
+    if args.seeds is not None and args.seeds < 1:
         raise UserError(f"reproduce: --seeds must be at least 1, not {args.seeds}")
     methods = _methods(args.methods, asked)
     _check_panels(args.panels, [a for a in asked if isinstance(a, Study)])
@@ -71,10 +72,11 @@ def main(argv: Sequence[str]) -> int:
     _check_tables(tables, failed)
     given = " ".join([*args.set, *(f"epochs={n}" for n in [args.epochs] if n)])
     for table, found in tables:
-        _write(table, found, places, datasets, call.out, _said(table, args.seeds, given, datasets, places))
+        more = _said(table, args.seeds or table.seeds, given, datasets, places)
+        _write(table, found, places, datasets, call.out, more)
     for study, found in planned:
         points = studies.gather(study, found, places[study.dataset], datasets[study.dataset], failed)
-        _write_study(study, points, call.out, _said(study, args.seeds, given, datasets, places))
+        _write_study(study, points, call.out, _said(study, args.seeds or study.seeds, given, datasets, places))
     if failed:
         raise RunError(f"{len(failed)} runs diverged, which the pages say: {', '.join(failed)}")
     return 0
@@ -94,9 +96,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("tables", nargs="+", metavar="TABLE|STUDY", help=" ".join([*TABLES, *STUDIES]))
     parser.add_argument(
         "--data", nargs="+", default=[], metavar="NAME=DATASET",
-        help="where each data set lies, made by `prepare`; NAME=none leaves its columns out",
+        help="where each data set lies, made by `prepare`; NAME=none leaves its columns out, as not to name one of"
+        f" {', '.join(RARE)} does",
     )  # fmt: skip
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="split seeds 0 to N-1 [3]")
+    parser.add_argument(
+        "--seeds", type=int, metavar="N", help="split seeds 0 to N-1 [5 for tables of scenarios, else 3]"
+    )
     parser.add_argument("--out", default="runs/reproduce", metavar="DIR", help="where to write [runs/reproduce]")
     parser.add_argument("--methods", nargs="+", default=[], metavar="METHOD", help="only these rows of ours [all]")
     parser.add_argument(
@@ -179,7 +184,7 @@ def _places(given: Sequence[str], tables: Sequence[PaperTable | Study]) -> dict[
             raise UserError(f"reproduce: --data gives {name} twice; give it once")
         said[name] = place
     for name in needed:
-        if name not in said:
+        if name not in said and name not in RARE:
             table = next(t.name for t in tables if name in t.datasets)
             raise UserError(
                 f"reproduce: {table} needs {HEADS.get(name, name)}; make it with `{PREPARE[name]}`, then give --data"
@@ -278,7 +283,7 @@ def _write(
         place = places[run.dataset]
         if (run.dataset, run.seed) not in tables:
             tables[run.dataset, run.seed] = task_table = runs.tasks(run, place)
-            found = evaluation.floors(task_table, datasets[run.dataset], place, FLOORS)
+            found = evaluation.floors(task_table, task_table.seen(datasets[run.dataset]), place, [*table.floors])
             for name, one in found.items():
                 floors.setdefault(run.dataset, {}).setdefault(name, []).append(one)
         ours.setdefault(run.dataset, {}).setdefault(run.label, []).append(

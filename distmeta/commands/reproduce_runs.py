@@ -43,8 +43,8 @@ class Run:
 class Call:
     """What all runs of one call of `reproduce` have in common."""
 
-    seeds: int
-    """Split seeds 0 to this, without it."""
+    seeds: int | None
+    """Split seeds 0 to this, without it; None: what each table and study has."""
     out: Location
     methods: Sequence[str]
     """Those to run."""
@@ -64,7 +64,7 @@ def plan(table: PaperTable, places: Mapping[str, Location], call: Call) -> list[
     """
     return [
         make(table, dataset, place, ours, seed, call)
-        for seed in range(call.seeds)
+        for seed in range(call.seeds or table.seeds)
         for dataset, place in places.items()
         for ours in table.ours
         if ours.method in call.methods and dataset in table.datasets
@@ -72,7 +72,8 @@ def plan(table: PaperTable, places: Mapping[str, Location], call: Call) -> list[
 
 
 def make(asker: PaperTable | Study, dataset: str, place: Location, ours: Ours, seed: int, call: Call) -> Run:
-    """The run of one row on one split, in OUT/runs/DATASET-PROTOCOL-METHOD-SEED.
+    """The run of one row on one split, in OUT/runs/DATASET-PROTOCOL-METHOD-SEED; of a table with intervals over seeds
+    the seed is that of training too.
 
     What a row sets to another value than it has anyway is in the name too, so that a run serves every table and
     study that asks for it.
@@ -83,6 +84,7 @@ def make(asker: PaperTable | Study, dataset: str, place: Location, ours: Ours, s
     entry(ours.method)
     chosen = [word for s in call.settings if s.meant_for(dataset, ours.method) for word in s.argv()]
     shared = [ours.method, "--data", str(place), "--protocol", asker.protocol, "--split-seed", str(seed)]
+    shared += ["--seed", str(seed)] if isinstance(asker, PaperTable) and asker.confidence else []
     given = [*asker.flags.get(dataset, ()), *asker.flags.get(f"{dataset}/{ours.method}", ())]
     shared += [*given, *chosen, *call.common]
     before, config = _flat(train.parse(shared)), train.parse([*shared, *ours.flags])

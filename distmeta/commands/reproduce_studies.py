@@ -55,7 +55,7 @@ def _seeds(study: Study, panel: Panel, ours: Ours, value: Any, place: Location, 
     point = dataclasses.replace(
         ours, label=f"{ours.label}, {panel.flag} {value:g}", flags=(*ours.flags, f"--{panel.flag}", f"{value!r}")
     )
-    return tuple(runs.make(study, study.dataset, place, point, seed, call) for seed in range(call.seeds))
+    return tuple(runs.make(study, study.dataset, place, point, seed, call) for seed in range(call.seeds or study.seeds))
 
 
 def gather(

@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         )
     run = run or rundir.default(config.method, dataset.name)
     table = tasktable.make(place, config.data.protocol, config.data.split_seed, protocols.protocol_options(config.data))
-    if table.scenarios and not getattr(entry(config.method), "scenarios", False):
+    if table.scenarios and not entry(config.method).scenarios:
         raise UserError(
             f"{config.method} learns users and the tasks of protocol {table.protocol} are scenarios; choose a protocol"
             " of users, or one of the cmml methods"

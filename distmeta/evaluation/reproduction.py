@@ -3,6 +3,7 @@
 The result is plain data: OUT/TABLE.json holds it, and reproduction_page.py shows it.
 """
 
+import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from distmeta.evaluation.cohorts import cohorts, groups
 from distmeta.evaluation.evaluate import pooled
 from distmeta.evaluation.measured import Measured
-from distmeta.evaluation.papertables import FLOORS, JUDGED, Column, PaperTable, Section
+from distmeta.evaluation.papertables import Column, PaperTable, Section
 
 P = "p"
 """The metric of a column that is the p-value of the t-test between two groups."""
@@ -38,23 +39,24 @@ def assemble(
         compared: the pairs of cohorts whose users the protocol compares.
 
     Returns:
-        {"table", "title", "protocol", "digits", "columns": [{"dataset", "metric", "head", "cohort"}], "notes",
-        "sections": [{"title", "cohort", "counts", "rows", "paired"}]}, where
+        {"table", "title", "protocol", "digits", "confidence", "percent", "notes", "sections": [{"title", "cohort",
+        "columns", "counts", "rows", "paired"}]}, where
+        columns: [{"dataset", "metric", "head", "cohort", "table", "ours"}], as `papertables.Column`;
         rows: [{"label", "method" (None: none of ours), "floor", "paper": [[mean, sd] | None], "ours": [{"mean", "sd",
-        "seeds"} | None]}], of a p-value "seeds" alone;
+        "seeds"} | None]}], of a p-value "seeds" alone; only rows that have a number;
         paired: [{"label", "against": a floor or another label, "differences": [[difference, low, high] | None]}];
-        of a section also "counts": data set -> by split seed {"n_tasks", and of a cohort of rows "n_rows", "n_clips"};
-        the inner lists by column.
+        counts: data set -> by split seed {"n_tasks", and of a cohort of rows "n_rows", "n_clips", of scenarios
+        "n_lists"};
+        the inner lists by column. The paper's sd is what it prints after ±.
     """
+    every = {d: {**{table.floors[f]: seeds for f, seeds in floors[d].items()}, **mine} for d, mine in ours.items()}
     numbers = {
-        dataset: {name: [_summaries(m, compared) for m in seeds] for name, seeds in {**floors[dataset], **mine}.items()}
-        for dataset, mine in ours.items()
+        dataset: {name: [_summaries(m, compared) for m in seeds] for name, seeds in there.items()}
+        for dataset, there in every.items()
     }
-    others = {o.label: (*JUDGED, *o.against) for o in table.ours}
+    others = {o.label: (*table.judged, *o.against) for o in table.ours}
     differences = {
-        dataset: {
-            label: _differences(seeds, others[label], {**floors[dataset], **mine}) for label, seeds in mine.items()
-        }
+        dataset: {label: _differences(seeds, others[label], every[dataset]) for label, seeds in mine.items()}
         for dataset, mine in ours.items()
     }
     return {
@@ -62,11 +64,11 @@ def assemble(
         "title": table.title,
         "protocol": table.protocol,
         "digits": table.digits,
-        "columns": [{"dataset": c.dataset, "metric": c.metric, "head": c.head, "cohort": c.cohort}
-                    for c in table.columns],
+        "confidence": table.confidence,
+        "percent": table.percent,
         "sections": [_section(table, section, numbers, differences) for section in table.sections],
         "notes": list(table.notes),
-    }  # fmt: skip
+    }
 
 
 def _differences(seeds: Seeds, names: Sequence[str], others: Mapping[str, Seeds]) -> dict[str, dict[str, Any]]:
@@ -84,38 +86,49 @@ def _summaries(measured: Measured, compared: Sequence[Sequence[str]]) -> dict[st
 def _section(
     table: PaperTable, section: Section, numbers: Mapping[str, Any], differences: Mapping[str, Any]
 ) -> dict[str, Any]:
-    papers = section.rows()
-    methods, against = {o.label: o.method for o in table.ours}, {o.label: o.against for o in table.ours}
-    labels = [*dict.fromkeys([*papers, *methods])]
+    columns = table.columns_of(section)
+    papers = section.rows(len(columns))
+    mine = [o for o in table.ours if o.label in section.ours or not section.ours]
+    methods, floors = {o.label: o.method for o in mine}, {label: name for name, label in table.floors.items()}
     rows = []
-    for label in [*labels, *FLOORS]:
-        paper = papers.get(label) or [None] * len(table.columns)
-        rows.append(
-            {
-                "label": label,
-                "method": label if label in FLOORS else methods.get(label),
-                "floor": label in FLOORS,
-                "paper": [None if p is None else [p.mean, p.sd] for p in paper],
-                "ours": [_ours(numbers.get(c.dataset, {}).get(label), c, section) for c in table.columns],
-            }
-        )
+    for label in dict.fromkeys([*papers, *methods, *floors]):
+        paper = papers.get(label) or [None] * len(columns)
+        ours = [_ours(numbers.get(c.dataset, {}).get(label), c, section) for c in columns]
+        if any(paper) or any(ours):
+            rows.append(
+                {
+                    "label": label,
+                    "method": floors.get(label) or methods.get(label),
+                    "floor": label in floors,
+                    "paper": [None if p is None else [p.mean, p.sd] for p in paper],
+                    "ours": ours,
+                }
+            )
     paired = []
-    for label in methods:
-        for other in (*JUDGED, *against[label]):
-            found = [_difference(differences.get(c.dataset, {}).get(label), other, c, section) for c in table.columns]
+    for o in mine:
+        for other in (*table.judged, *o.against):
+            found = [_difference(differences.get(c.dataset, {}).get(o.label), other, c, section) for c in columns]
             if any(found):
-                paired.append({"label": label, "against": other, "differences": found})
-    counts = {dataset: [_counts(s.get(section.cohort, {})) for s in by[FLOORS[0]]] for dataset, by in numbers.items()}
-    return {"title": section.title, "cohort": section.cohort, "counts": counts, "rows": rows, "paired": paired}
+                paired.append({"label": o.label, "against": other, "differences": found})
+    there = {c.dataset: numbers[c.dataset] for c in columns if c.ours and c.dataset in numbers}
+    counts = {d: [_counts(s.get(section.cohort, {})) for s in next(iter(by.values()))] for d, by in there.items()}
+    return {
+        "title": section.title,
+        "cohort": section.cohort,
+        "columns": [dataclasses.asdict(c) for c in columns],
+        "counts": counts,
+        "rows": rows,
+        "paired": paired,
+    }
 
 
 def _counts(summary: Mapping[str, Any]) -> dict[str, int]:
-    return {name: summary[name] for name in ("n_tasks", "n_rows", "n_clips") if name in summary}
+    return {name: summary[name] for name in ("n_tasks", "n_rows", "n_clips", "n_lists") if name in summary}
 
 
 def _ours(seeds: Sequence[Mapping[str, Any]] | None, column: Column, section: Section) -> dict[str, Any] | None:
     """One cell of ours; None where nothing was run, or nobody is in the cohort."""
-    if seeds is None:
+    if seeds is None or not column.ours:
         return None
     if column.metric == P:
         values = [p for s in seeds for p in s[P].values()]
@@ -133,7 +146,7 @@ def _difference(
     found: Mapping[str, Any] | None, other: str, column: Column, section: Section
 ) -> list[float | None] | None:
     """[difference, low, high] of a column; None where it has none by user, or nobody is in the cohort."""
-    if found is None or column.metric == P:
+    if found is None or column.metric == P or not column.ours:
         return None
     metrics = found.get(column.cohort or section.cohort, {}).get(other, {})
     interval = metrics.get(PAIRED.get(column.metric, column.metric))

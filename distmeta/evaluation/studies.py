@@ -40,6 +40,8 @@ class Study:
     """What is measured: new tasks, and maybe those trained on (`train`)."""
     flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """As a table's (`papertables.PaperTable`)."""
+    seeds: int = 3
+    """As a table's."""
 
     @property
     def datasets(self) -> tuple[str, ...]:

@@ -49,6 +49,13 @@ th, td { text-align: right; padding: 6px 10px; white-space: nowrap; border-botto
 thead th { color: var(--soft); font-weight: 500; font-size: .82rem; border-bottom: 1px solid #aab2bc; }
 th:first-child { text-align: left; padding-left: 0; font-weight: 500; position: sticky; left: 0; background: #fff; }
 td small { display: block; }
+.start { padding-left: 30px; }
+.note + .wide { margin-top: 14px; }
+tr.groups th { text-align: center; border-bottom: 0; padding-bottom: 0; color: var(--ink); position: static; }
+thead th { vertical-align: bottom; }
+.tight th:not(:first-child), .tight td { padding-left: 5px; padding-right: 5px; }
+.tight .start { padding-left: 20px; }
+tr.groups td { border: 0; padding: 0; }
 tr.mine th, tr.mine td { color: var(--method); font-weight: 600; }
 .better { color: var(--better); }
 .worse { color: var(--worse); }

@@ -72,6 +72,8 @@ APART = 0.2
 CHUNK_ROWS = 1 << 24
 """Positives that are in memory together while tasks are made, one scenario's at least."""
 REASONS = ("scenarios with too few items", "scenarios with too many items", "scenarios with too few positives")
+UNASKED = "scenarios to validate or test on without a user whose list is ranked"
+"""What --scenario-apart may leave of small ones; one that it leaves without a support stays."""
 _DROPPED = 3
 """`Plan.group` of scenarios that are left out, by REASONS."""
 _NOBODY = -1
@@ -269,8 +271,12 @@ def tasks(interactions: pl.DataFrame, plan: Plan) -> tuple[pl.DataFrame, dict[st
     dropped[REASONS[2]] = rows["scenario"].n_unique() - kept["scenario"].n_unique()
     code = pl.Series(plan.group[kept["scenario"].to_numpy()])
     parts = [_frame(kept.filter(code == TRAIN), "train", pl.lit(DRAWN))]
+    dropped[UNASKED] = 0
     for name, wanted in (("valid", VALID), ("test", NEW)):
-        parts.append(_fixed(kept.filter(code == wanted), name, plan))
+        made = _fixed(kept.filter(code == wanted), name, plan)
+        asked = made.filter(pl.col("role") == QUERY)["task"].unique()
+        dropped[UNASKED] += made["task"].n_unique() - len(asked)
+        parts.append(made.filter(pl.col("task").is_in(asked.implode())))
     return pl.concat(parts), dropped
 
 

@@ -4,6 +4,7 @@ The rows are typed as the papers print them; bold and italic are left out, as wh
 paper's "significant against the best baseline".
 """
 
+from distmeta.evaluation.papertables.cmml import CMML_2, CMML_3, CMML_4, CMML_5, CMML_SWITCHES
 from distmeta.evaluation.papertables.hml import HML_2
 from distmeta.evaluation.papertables.mamo import MAMO_1
 from distmeta.evaluation.papertables.paml import PAML_2, PAML_3, PAML_4
@@ -12,6 +13,7 @@ from distmeta.evaluation.papertables.table import (
     HEADS,
     JUDGED,
     PREPARE,
+    RARE,
     Column,
     Ours,
     PaperTable,
@@ -25,6 +27,7 @@ __all__ = [
     "HEADS",
     "JUDGED",
     "PREPARE",
+    "RARE",
     "TABLES",
     "Column",
     "Ours",
@@ -34,4 +37,5 @@ __all__ = [
     "printed",
 ]
 
-TABLES = {table.name: table for table in (PAML_2, PAML_3, PAML_4, HML_2, MAMO_1)}
+_ALL = (PAML_2, PAML_3, PAML_4, HML_2, MAMO_1, CMML_2, CMML_3, CMML_4, CMML_5, CMML_SWITCHES)
+TABLES = {table.name: table for table in _ALL}

@@ -4,6 +4,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+FLOORS = ("constant", "bias", "als")
+"""Rows of ours in every table."""
+JUDGED = ("bias", "als")
+"""The floors that every method is compared with user by user."""
+
 
 @dataclass(frozen=True)
 class Printed:
@@ -24,6 +29,10 @@ class Column:
     head: str
     cohort: str = ""
     """Of this column; empty: that of the section."""
+    table: str = ""
+    """Which of the paper's tables prints it, where a page shows several."""
+    ours: bool = True
+    """Whether ours stand in it too."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +42,18 @@ class Section:
     title: str
     cohort: str
     printed: str = ""
-    """One line a row: label | a cell a column of the table, as the paper prints it. Empty: the paper has none."""
+    """One line a row: label | a cell a column, as the paper prints it; nothing for the last columns, where the paper
+    has none of them. Empty: it has none at all."""
+    columns: tuple[Column, ...] = ()
+    """Its own, where it does not have the table's."""
+    ours: tuple[str, ...] = ()
+    """Labels of the rows of ours that stand in it; empty: all."""
 
-    def rows(self) -> dict[str, list[Printed | None]]:
-        """Label -> what the paper prints, by column."""
+    def rows(self, columns: int = 0) -> dict[str, list[Printed | None]]:
+        """Label -> what the paper prints, by column; with None for the last of so many columns."""
         lines = [[cell.strip() for cell in line.split("|")] for line in self.printed.strip().splitlines()]
-        return {label: [printed(cell) for cell in cells] for label, *cells in lines}
+        found = {label: [printed(cell) for cell in cells] for label, *cells in lines}
+        return {label: cells + [None] * (columns - len(cells)) for label, cells in found.items()}
 
 
 @dataclass(frozen=True)
@@ -62,6 +77,7 @@ class PaperTable:
     title: str
     protocol: str
     columns: tuple[Column, ...]
+    """Of the sections that have none of their own."""
     sections: tuple[Section, ...]
     ours: tuple[Ours, ...]
     notes: tuple[str, ...]
@@ -73,11 +89,25 @@ class PaperTable:
     """Whether per-user errors are drawn by method (PAML's Figures 5, 6)."""
     maps: bool = False
     """Whether the users' embeddings are drawn by group (PAML's Figure 11)."""
+    floors: Mapping[str, str] = field(default_factory=lambda: {name: name for name in FLOORS})
+    """Floor -> label of its row."""
+    judged: tuple[str, ...] = JUDGED
+    """Labels of the floors that every row of ours is compared with unit by unit."""
+    seeds: int = 3
+    """Split seeds 0 to this, without it, unless another number is asked for."""
+    confidence: bool = False
+    """Whether ± is 1.96 · sd / √seeds, and each seed is of training too (paper 002's appendix); else it is the sd."""
+    percent: bool = False
+    """Whether the paper prints shares in percent."""
+
+    def columns_of(self, section: Section) -> tuple[Column, ...]:
+        """The section's own columns, or else the table's."""
+        return section.columns or self.columns
 
     @property
     def datasets(self) -> tuple[str, ...]:
-        """The data sets that its columns are about."""
-        return tuple(dict.fromkeys(column.dataset for column in self.columns))
+        """The data sets that ours are measured on."""
+        return tuple(dict.fromkeys(c.dataset for s in self.sections for c in self.columns_of(s) if c.ours))
 
 
 _NUMBER = re.compile(r"(\d*\.\d+)(\*?)(?:\s*±\s*(\d*\.\d+))?")
@@ -102,14 +132,21 @@ PREPARE = {
     "movielens-1m": "python -m jobs.prepare movielens-1m --raw ml-1m --out data/ml-1m",
     "bookcrossing": "python -m jobs.prepare bookcrossing --raw BX --out data/bookcrossing",
     "bookcrossing-complete": "python -m jobs.prepare bookcrossing --raw BX --out data/bookcrossing-complete --complete",
+    "movielens-20m": "python -m jobs.prepare movielens-20m --raw ml-20m --out data/ml-20m",
+    "taobao-cloud-theme": "python -m jobs.prepare taobao-cloud-theme --raw themes --out data/themes",
+    "hybrid": "python -m jobs.prepare hybrid --of data/ml-20m data/themes --positive-from 0 --out data/hybrid",
 }
 """How each data set is made."""
-HEADS = {"movielens-1m": "MovieLens-1M", "bookcrossing": "Book-Crossing", "bookcrossing-complete": "Book-Crossing"}
-
-FLOORS = ("constant", "bias", "als")
-"""Rows of ours in every table."""
-JUDGED = ("bias", "als")
-"""The floors that every method is compared with user by user."""
+HEADS = {
+    "movielens-1m": "MovieLens-1M",
+    "bookcrossing": "Book-Crossing",
+    "bookcrossing-complete": "Book-Crossing",
+    "movielens-20m": "MovieLens-20M",
+    "taobao-cloud-theme": "Taobao",
+    "hybrid": "MovieLens-Taobao",
+}
+RARE = ("movielens-20m", "taobao-cloud-theme", "hybrid")
+"""Data sets whose columns have the paper's numbers alone where they are not given, as not everybody can have them."""
 
 FLOOR_NOTE = (
     "constant, bias and als are fitted in closed form on the same splits: the mean of all training ratings; item and"

@@ -17,7 +17,7 @@ from distmeta.tasks import Bag, Rows, TaskBatch, TaskBlock
 RAGGED = ([[5, 3, 1, 0], [7, 6]], [[2, 4, 3, 2], [1, 5]])
 SIZES: dict[str, Any] = {
     "embedding": 3, "hidden": (6, 5), "hyper": 7, "units": 4, "encoder_hidden": (5,), "item_ids": True,
-    "hidden_support": 0.0,
+    "hidden_support": 0.0, "labels": "embedding", "wide": False,
 }  # fmt: skip
 VARIANTS = ("cmml-linear", "cmml-sigmoid", "cmml-film", "cmml-softm")
 

@@ -295,7 +295,7 @@ def test_papers_rows_fit_their_tables(table: PaperTable) -> None:
     mine = {o.label: o for o in table.ours}
     ablations = {label for label, o in mine.items() if o.against in (("MAMO",), ("CMML-FiLM",))}
     if table.protocol == "cmml-user":
-        ablations |= {label for label in mine if label.endswith(", item ids") or label.startswith("CMML-")}
+        ablations |= {label for label in mine if label.endswith(", ids") or label.startswith("CMML-")}
     assert mine.keys() - labels <= {"PAML"} | ablations
     later = {"WD", "DeepFM", "s²Meta", "Item-level RUM", "Feature-level RUM", "DCN", "DCN-F", "CoNet"}
     assert labels - mine.keys() <= later | set(table.floors.values())

@@ -205,10 +205,10 @@ def test_rows_are_the_switches_that_the_paper_names() -> None:
 def test_switches_and_users_share_the_plain_runs() -> None:
     users, switches = ({r.label: r for r in runs_of(name)} for name in ("cmml-3", "cmml-switches"))
     assert switches["CMML-FiLM"].where == users["CMML-FiLM"].where
-    assert len({str(r.where) for r in switches.values()}) == len(switches) == 7
+    assert len({str(r.where) for r in switches.values()}) == len(switches) == 9
     assert len({str(r.where) for r in users.values()}) == len(users) == 12
     assert {label for label, r in users.items() if r.config.method_options.item_ids} == {
-        label for label in users if label.endswith(", item ids")
+        label for label in users if label.endswith(", ids")
     }
     fifty = Call(1, Location.of("out"), ["melu"], [], ["--max-ratings", "50"])
     (run, _) = plan(TABLES["cmml-3"], {"movielens-1m": Location.of("nowhere")}, fifty)

@@ -242,10 +242,10 @@ class CMML:
     )
     units: int = option(0, "Units of the gru or lstm; 0: as --sizes (user: 64).", least=0)
     labels: str = option(
-        "embedding",
+        "product",
         "What the encoder sees of a support label: an embedding of it (the authors' code), that and the row's features"
         " times the label (product), its value, or none.",
-        ("embedding", "product", "value", "none"),
+        ("product", "embedding", "value", "none"),
     )
     positives: bool = option(
         False,
@@ -261,7 +261,9 @@ class CMML:
         ("none", "dot", "mlp"),
     )
     wide: bool = option(
-        False, "Add a linear map of the hybrid context to the output: with --hybrid dot a factorisation."
+        True,
+        "Add a linear map of the hybrid context to the output, with --hybrid dot at first the inner product of context"
+        " and features; the paper has none.",
     )
     hyper: int = option(0, "Width of the hypernetwork's layers; 0: as --sizes. The paper has 128 for Taobao.", least=0)
     hyper_bias: float = option(

@@ -120,7 +120,7 @@ class Recurrent(nn.Module):
         """The state [b, units] after each task's last row; 0 where it has none."""
         packing = Packing.of(mask)
         z = self.inputs(x.at(packing.task, packing.row)).squeeze(0)
-        c = self.cell
+        c: Any = self.cell
         kind = "lstm" if isinstance(c, nn.LSTM) else "gru"
         ends = states(kind, z, c.weight_hh_l0, c.bias_hh_l0, packing)[packing.last]
         return ends.new_zeros(len(mask), c.hidden_size).index_copy(0, packing.tasks, ends)

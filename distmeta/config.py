@@ -54,6 +54,11 @@ class DataOptions:
         ("cmml-user", "cmml-scenario", "melu", "mamo", "paml", "hml"),
     )
     split_seed: int = option(0, "Seed of the protocol's split; independent of --seed.", least=0)
+    leave_out: tuple[str, ...] = option(
+        (),
+        "Fields of users or items that the method is not told, such as one that is as good as the user's id: a method"
+        " may learn its training users by heart from that.",
+    )
     max_ratings: int = option(
         100,
         "cmml-user: keep a user's first N ratings by time (CMML's text says 50, its appendix 100).",

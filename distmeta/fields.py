@@ -67,7 +67,7 @@ def add_flags(parser: argparse.ArgumentParser, section: type, title: str) -> Non
         if kind is bool:
             kwargs |= {"action": argparse.BooleanOptionalAction}
         elif typing.get_origin(hints[f.name]) is tuple:
-            kwargs |= {"type": kind, "nargs": "+", "metavar": "N"}
+            kwargs |= {"type": kind, "nargs": "+", "metavar": "NAME" if kind is str else "N"}
         else:
             kwargs |= {"type": kind, "metavar": "|".join(f.metadata["choices"] or (kind.__name__.upper(),))}
         group.add_argument("--" + f.name.replace("_", "-"), **kwargs)

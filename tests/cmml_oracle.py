@@ -92,7 +92,8 @@ def context(m: CMML, x: Tensor, labels: Tensor, scenario: bool = False) -> Tenso
         if o.positives and y <= 0:
             continue
         if m.label.layer is not None:
-            rows.append(torch.cat([row, (y * m.label.layer.weight[0] + m.label.layer.bias).relu()]))
+            row_times_label = [row * y] if o.labels == "product" else []
+            rows.append(torch.cat([row, (y * m.label.layer.weight[0] + m.label.layer.bias).relu(), *row_times_label]))
         else:
             rows.append(torch.cat([row, y[None]]) if o.labels == "value" else row)
     if not rows:
@@ -166,6 +167,8 @@ def predictions(m: CMML, batch: TaskBatch, block: TaskBlock, b: int) -> Tensor:
         else:
             hybrid = mlp([m.hybrid.layer], torch.cat([c, x]), last=True)
         outs.append(output(m, x, hybrid))
+        if m.backbone.wide is not None:
+            outs[-1] = outs[-1] + (hybrid @ m.backbone.wide.weight + m.backbone.wide.bias)[0]
     return torch.stack(outs)
 
 

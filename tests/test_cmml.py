@@ -22,6 +22,8 @@ from distmeta.tasks import Rows, TaskBatch
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {"encoder": e}) for name in VARIANTS for e in ("mean", "max", "gru")),
     *((name, {"hybrid": h}) for name in VARIANTS for h in ("none", "mlp")),
+    *((name, {"wide": True, "labels": "product"}) for name in VARIANTS),
+    ("cmml-film", {"wide": True, "labels": "product", "encoder": "gru", "hybrid": "none", "detach": True}),
     ("cmml-linear", {"encoder": "lstm", "labels": "value"}),
     ("cmml-linear", {"encoder": "max", "encoder_hidden": (5, 4), "labels": "none", "hidden": (6,)}),
     ("cmml-film", {"encoder": "gru", "detach": True}),
@@ -232,7 +234,7 @@ def test_a_loss_that_the_labels_do_not_have_is_refused(loss, dataset, words):
     ("name", "changes"),
     [
         ("cmml-linear", {"encoder": "mean", "user_ids": True}),
-        ("cmml-sigmoid", {"encoder": "gru", "hybrid": "mlp"}),
+        ("cmml-sigmoid", {"encoder": "gru", "hybrid": "mlp", "wide": True, "labels": "product"}),
         ("cmml-film", {"encoder": "max", "positives": True, "detach": True}),
         ("cmml-softm", {"encoder": "gru", "hybrid": "none", "positives": True, "user_ids": True}),
     ],

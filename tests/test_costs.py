@@ -23,7 +23,7 @@ def test_the_graph_works_out_the_user_s_half_once():
     def operations(candidates: int) -> int:
         batch = oracle.batch([[4]], [[candidates]]).to("cpu", torch.float32)
         with FlopCounterMode(display=False) as counter:
-            graph(*given(batch, batch.blocks[0]))
+            graph(*given(batch, batch.blocks[0], m.dataset))
         return counter.get_total_flops()
 
     item = m.embedding.item_width

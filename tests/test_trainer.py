@@ -14,13 +14,14 @@ import tiny
 import torch
 
 from distmeta import config as config_module
+from distmeta.data.loader import read_items
 from distmeta.data.schema import Dataset, Field, Label
 from distmeta.errors import RunError, UserError
 from distmeta.exchange import Exchange
 from distmeta.parallel import checkpoint, trainer
 from distmeta.parallel.progress import Progress, clock, number
 from distmeta.parallel.timing import PHASES
-from distmeta.parallel.update import MetaUpdate
+from distmeta.parallel.update import MetaUpdate, build_method
 from distmeta.parallel.validation import read_metrics, validate
 from distmeta.storage import Location
 
@@ -326,3 +327,16 @@ def test_progress_is_rewritten_on_a_terminal_and_plain_in_a_file(monkeypatch):
 def test_numbers_and_clocks():
     assert [number(x) for x in (0.8124, 1.2345, -0.25, 0.9996, 0.0)] == [".812", "1.234", "-.250", "1.000", ".000"]
     assert [clock(s) for s in (0, 42, 61, 3723)] == ["0:00", "0:42", "1:01", "1:02:03"]
+
+
+# ---- fields
+
+
+def test_a_method_does_not_know_the_fields_left_out(small):
+    config, dataset, _ = tiny.setting(small, "melu", leave_out=("region",))
+    method: Any = build_method(config, dataset, read_items(small, dataset), torch.device("cpu"))
+    known = {f.name for f in (*dataset.user_fields, *dataset.item_fields)}
+    assert {*method.embedding.user_names, *method.embedding.item_names} == known - {"region"} < known
+    config, *_ = tiny.setting(small, "melu", leave_out=("regin",))
+    with pytest.raises(UserError, match=r"--leave-out regin: .* has no such field \(did you mean region\?\)"):
+        build_method(config, dataset, read_items(small, dataset), torch.device("cpu"))

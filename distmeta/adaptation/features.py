@@ -21,7 +21,7 @@ class _Expanded:
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
-        self.width = x.shape[-1]
+        self.count, self.width = x.shape[1:]
 
     def rows(self) -> Tensor:
         return self.x
@@ -71,7 +71,7 @@ class Gathered:
     def __init__(self, unique: Unique, index: Tensor) -> None:
         self.unique = unique
         self.index = index
-        self.width = unique.x.shape[-1]
+        self.count, self.width = index.shape[1], unique.x.shape[-1]
         self._rows: Tensor | None = None
 
     def rows(self) -> Tensor:
@@ -86,9 +86,28 @@ class Gathered:
         return Gathered(self.unique, self.index[task, row].unsqueeze(0))
 
 
-Part = PerTask | Dense | Gathered
-"""Each has `width`, `rows()` [b, R or 1, d] and `product(weight, whole, first)` [b, R or 1, h], where weight [d, h]
-is the slice of `whole` that starts at row `first`; `at(task, row)` is a part of one task, of the rows [N] named."""
+class Scaled:
+    """A part times a number of each row: by [b, R, 1]."""
+
+    def __init__(self, part: "Part", by: Tensor) -> None:
+        self.part = part
+        self.by = by
+        self.count, self.width = by.shape[1], part.width
+
+    def rows(self) -> Tensor:
+        return self.part.rows() * self.by
+
+    def product(self, weight: Tensor, whole: Tensor, first: int) -> Tensor:
+        return self.part.product(weight, whole, first) * self.by
+
+    def at(self, task: Tensor, row: Tensor) -> "Scaled":
+        return Scaled(self.part.at(task, row), Dense(self.by).at(task, row).x)
+
+
+Part = PerTask | Dense | Gathered | Scaled
+"""Each has `count` (R, or 1), `width`, `rows()` [b, R or 1, d] and `product(weight, whole, first)`
+[b, R or 1, h], where weight [d, h] is the slice of `whole` that starts at row `first`; `at(task, row)` is a part of one
+task, of the rows [N] named."""
 
 
 class Features:
@@ -104,8 +123,7 @@ class Features:
     @property
     def rows(self) -> int:
         """R; 1 where every part is per task."""
-        counts = [p.index.shape[1] if isinstance(p, Gathered) else p.x.shape[1] for p in self.parts]
-        return next((n for n in counts if n != 1), 1)
+        return next((p.count for p in self.parts if p.count != 1), 1)
 
     def at(self, task: Tensor, row: Tensor) -> "Features":
         """Of the rows named (int64 [N] each), as if of one task: [1, N, d]."""

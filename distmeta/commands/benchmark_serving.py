@@ -127,13 +127,19 @@ def _variants(methods: "Mapping[str, Method]", where: _Place, steps: Sequence[in
     for name, method in methods.items():
         program = export.exported(method)
         found[name, "eager"] = partial(_eager, method)
-        found[name, "exported"] = torch.no_grad()(program.module())
+        found[name, "exported"] = _told(method, torch.no_grad()(program.module()))
         if not onnxgraph.missing():
-            inputs = [i["name"] for i in export.described(where[0])]
-            found[name, "onnx"] = onnxgraph.Session(onnxgraph.converted(program, inputs))
+            inputs = [i["name"] for i in export.described(method.dataset)]
+            found[name, "onnx"] = _told(method, onnxgraph.Session(onnxgraph.converted(program, inputs)))
     for k in steps:
         found["melu", f"eager, {k} steps"] = partial(_eager, _built(["melu", "--steps", str(k)], *where))
     return found
+
+
+def _told(method: "Method", serve: "Serve") -> "Serve":
+    """The same, given the fields that the method knows alone."""
+    names = [f.name for f in method.dataset.user_fields]
+    return lambda user, *rest: serve({name: user[name] for name in names}, *rest)
 
 
 def _eager(

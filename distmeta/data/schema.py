@@ -13,10 +13,12 @@ Field columns: categorical int32 index; multi_categorical list<int32> of indices
 numeric float32 (null = unknown; standardised by the field's mean and std where it is used).
 """
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from distmeta.errors import UserError
+from distmeta.fields import nearest
 from distmeta.storage import Location
 
 FORMAT = 1
@@ -66,6 +68,22 @@ class Dataset:
     """The dataset's own scenarios; 0: interactions/ has no such column."""
     files: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """Table name ('users', 'items', 'interactions', 'vocabularies') -> [{"path", "rows", "bytes"}], paths relative."""
+
+    def without(self, fields: Sequence[str]) -> "Dataset":
+        """The dataset as a method is to know it, without some fields of users or items.
+
+        Raises:
+            UserError: it has no such field.
+        """
+        known = [f.name for f in (*self.user_fields, *self.item_fields)]
+        for name in fields:
+            if name not in known:
+                raise UserError(
+                    f"--leave-out {name}: {self.name} has no such field{nearest(name, known)}; its fields:"
+                    f" {' '.join(known) or 'none'}"
+                )
+        user, item = (tuple(f for f in side if f.name not in fields) for side in (self.user_fields, self.item_fields))
+        return replace(self, user_fields=user, item_fields=item)
 
     def to_json(self) -> dict[str, Any]:
         values = {"format": FORMAT, **asdict(self)}

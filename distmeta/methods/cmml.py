@@ -58,7 +58,7 @@ class CMML(Method):
         self.ranking = self.head if o.query_loss == "cross-entropy" else RANKING
         self.embedding = Embedding(dataset, items, o.embedding, o.item_ids, o.user_ids, o.embedding_std)
         d = self.embedding.user_width + self.embedding.item_width
-        self.label = Label(dataset.label, o.labels)
+        self.label = Label(dataset.label, o.labels, d)
         self.encoder = encoder(o.encoder, d + self.label.width, o.units, o.encoder_hidden, d)
         self.nothing = nn.Parameter(0.1 * torch.randn(d))
         """The context of a task without support."""
@@ -73,7 +73,7 @@ class CMML(Method):
         if self.options.positives:
             support = self.label.positive(support)
         parts = [place.base() for place in encoded.place(block, support, detach=self.options.detach)]
-        c = self.encoder(Features(*parts, *self.label.parts(support)), support.mask)
+        c = self.encoder(Features(*parts, *self.label.beside(parts, support)), support.mask)
         return torch.where(support.mask.any(1, keepdim=True), c, self.nothing)
 
     def rows(self, block: TaskBlock, encoded: Encoded, context: Tensor, rows: Rows) -> tuple[Features, Features]:

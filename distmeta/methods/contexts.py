@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distmeta.adaptation.features import Dense, Features, Gathered, Part, PerTask, Unique, total
+from distmeta.adaptation.features import Dense, Features, Gathered, Part, PerTask, Scaled, Unique, total
 from distmeta.adaptation.maps import Linear
 from distmeta.adaptation.products import affine
 from distmeta.data.schema import Label as Range
@@ -35,34 +35,43 @@ def linear(layer: Any, x: Features | Tensor) -> Tensor:
 
 
 class Label(nn.Module):
-    """What the encoder is told of the labels: a ReLU layer of them, the labels themselves, or nothing.
+    """What the encoder is told of the labels: a ReLU layer of them, that and the row's features times the label, the
+    labels themselves, or nothing.
 
     They are scaled to [−1, 1]; those of scenarios are 0 or 1 whatever the dataset's. The authors' second linear layer
-    after the ReLU is left to the encoder's first one.
+    after the ReLU is left to the encoder's first one. From features times label, the first layer alone has what a
+    gradient step would: without, that product must be learned.
+
+    Args:
+        d: width of a row's features.
     """
 
-    def __init__(self, label: Range, kind: str) -> None:
+    def __init__(self, label: Range, kind: str, d: int) -> None:
         super().__init__()
         self.ends = label.minimum, label.maximum
-        self.layer = Linear(1, LABEL_WIDTH) if kind == "embedding" else None
-        self.width = {"embedding": LABEL_WIDTH, "value": 1, "none": 0}[kind]
+        self.layer = Linear(1, LABEL_WIDTH) if kind in ("embedding", "product") else None
+        self.product = kind == "product"
+        self.width = {"embedding": LABEL_WIDTH, "product": LABEL_WIDTH + d, "value": 1, "none": 0}[kind]
 
     def scaled(self, rows: Rows) -> Tensor:
         """Labels [b, S] within [−1, 1]; 0 on padding."""
         low, high = self.ends if rows.user is None else (0.0, 1.0)
         return torch.where(rows.mask, (2 * rows.label - (low + high)) / (high - low), 0.0)
 
-    def parts(self, rows: Rows) -> list[Part]:
-        """What stands beside the embeddings of the rows: one part [b, S, width], or none."""
+    def beside(self, parts: Sequence[Part], rows: Rows) -> list[Part]:
+        """What stands beside the `parts` of the rows' features: parts [b, S, …] of `width` in all."""
         if not self.width:
             return []
-        y, layer = self.scaled(rows), self.layer
-        if layer is None:
+        y = self.scaled(rows)
+        if self.layer is None:
             return [Dense(y.unsqueeze(-1))]
+        return [self._embedded(self.layer, y)] + [Scaled(p, y.unsqueeze(-1)) for p in parts if self.product]
+
+    def _embedded(self, layer: Linear, y: Tensor) -> Part:
         if torch.compiler.is_compiling():  # how many different ones there are would be a size of the graph
-            return [Dense(torch.relu(linear(layer, y.unsqueeze(-1))))]
+            return Dense(torch.relu(linear(layer, y.unsqueeze(-1))))
         each, which = torch.unique(y, return_inverse=True)  # few: a rating's steps
-        return [Gathered(Unique(torch.relu(linear(layer, each.unsqueeze(-1)))), which)]
+        return Gathered(Unique(torch.relu(linear(layer, each.unsqueeze(-1)))), which)
 
     def positive(self, rows: Rows) -> Rows:
         """The rows whose label is above the middle of its range, moved to the front in their order (paper 002, §4.4,

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from distmeta.adaptation.features import Features
 from distmeta.adaptation.maps import Linear
 from distmeta.methods.contexts import linear
+from distmeta.networks import wide_path
 
 
 class Hyper(nn.Module):
@@ -56,6 +57,18 @@ class Backbone(nn.Module):
         super().__init__()
         self.slope, self.start = options.leaky, start
         self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise([d, *options.hidden]))
+        self.wide = wide_path(d, 1) if options.wide else None
+        if self.wide is not None and options.hybrid == "dot":
+            nn.init.ones_(self.wide.weight)  # the inner product of C and the row, as matrix factorisation has it
+
+    def forward(self, x: Features, hybrid: Features) -> Tensor:
+        """Outputs [b, R] of rows with features x and hybrid context C_h, both [b, R, d]."""
+        deep = self.output(x, hybrid)
+        return deep if self.wide is None else deep + linear(self.wide, hybrid).squeeze(-1)
+
+    def output(self, x: Features, hybrid: Features) -> Tensor:
+        """`forward` without the wide path."""
+        raise NotImplementedError
 
     def act(self, z: Tensor) -> Tensor:
         return F.leaky_relu(z, self.slope) if self.slope else torch.relu(z)
@@ -80,8 +93,7 @@ class WeightModulation(Backbone):
         with torch.no_grad():
             self.hyper.heads[-1].bias[-1] = start  # type: ignore[index]
 
-    def forward(self, x: Features, hybrid: Features) -> Tensor:
-        """Outputs [b, R] of rows with features x [b, R, d]."""
+    def output(self, x: Features, hybrid: Features) -> Tensor:
         (w,) = self.hyper(hybrid)
         h = self.deep(x, [_same] * len(self.layers))
         return (h * w[..., :-1]).sum(-1) + w[..., -1]
@@ -104,8 +116,7 @@ class LayerModulation(Backbone):
         """The units z [b, R, h] under their values [b, R or 1, values · h]."""
         raise NotImplementedError
 
-    def forward(self, x: Features, hybrid: Features) -> Tensor:
-        """Outputs [b, R] of rows with features x [b, R, d]."""
+    def output(self, x: Features, hybrid: Features) -> Tensor:
         changes = [lambda z, v=v: self.change(v, z) for v in self.hyper(hybrid)]
         return linear(self.last, self.deep(x, changes)).squeeze(-1)
 
@@ -156,8 +167,7 @@ class SoftModularization(Backbone):
         output [b, R or 1, 1, m]."""
         return [v.unflatten(-1, (-1, self.m)).softmax(-1) for v in self.hyper(hybrid)]
 
-    def forward(self, x: Features, hybrid: Features) -> Tensor:
-        """Outputs [b, R] of rows with features x [b, R, d]."""
+    def output(self, x: Features, hybrid: Features) -> Tensor:
         *routes, out = self.routes(hybrid)
         (first,) = self.layers
         h = self.act(linear(first, x)).unflatten(-1, (self.m, self.width))

@@ -234,8 +234,9 @@ class CMML:
     units: int = option(0, "Units of the gru or lstm; 0: as --sizes (user: 64).", least=0)
     labels: str = option(
         "embedding",
-        "What the encoder sees of a support label: an embedding of it (the authors' code), its value, or none.",
-        ("embedding", "value", "none"),
+        "What the encoder sees of a support label: an embedding of it (the authors' code), that and the row's features"
+        " times the label (product), its value, or none.",
+        ("embedding", "product", "value", "none"),
     )
     positives: bool = option(
         False,
@@ -249,6 +250,9 @@ class CMML:
         "dot",
         "How the context meets a row's own features: none, their product (dot), or a layer on both (mlp).",
         ("none", "dot", "mlp"),
+    )
+    wide: bool = option(
+        False, "Add a linear map of the hybrid context to the output: with --hybrid dot a factorisation."
     )
     hyper: int = option(0, "Width of the hypernetwork's layers; 0: as --sizes. The paper has 128 for Taobao.", least=0)
     hyper_bias: float = option(

@@ -86,7 +86,8 @@ def build_method(
     """
     with _GENERATOR, torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        method = method_class(config.method)(config.method_options, dataset, items)
+        known = dataset.without(config.data.leave_out)
+        method = method_class(config.method)(config.method_options, known, items)
     share(method, config.train, exchange or Exchange())
     return method.to(device)
 

@@ -72,7 +72,7 @@ class Served(nn.Module):
         """Scores [b, Q].
 
         Args:
-            user: the users' fields, of scenarios those of its V users; what the method does not use may be there too.
+            user: the users' fields, of scenarios those of its V users.
             support_item: item indices of the dataset, int64 [b, S], in time order, padding last.
             support_label: float [b, S]. support_mask: bool [b, S]; all false for a user with nothing.
             candidate: item indices, int64 [b, Q].
@@ -186,10 +186,11 @@ def exported(method: Method, scenarios: bool = False) -> ExportedProgram:
     return export(served, inputs, dynamic_shapes=(*shapes, ({0: one}, rows, candidates)) if scenarios else shapes)
 
 
-def given(batch: TaskBatch, block: TaskBlock) -> tuple[Any, ...]:
-    """What `Served.forward` takes for a block of tasks."""
+def given(batch: TaskBatch, block: TaskBlock, dataset: Dataset) -> tuple[Any, ...]:
+    """What an exported graph takes for a block of tasks; `dataset` is the method's."""
     bags = block.user if batch.users is None else batch.user_fields
-    user = {n: (b.index,) if b.weight is None else (b.index, b.weight) for n, b in bags.items()}
+    known = {f.name: bags[f.name] for f in dataset.user_fields}
+    user = {n: (b.index,) if b.weight is None else (b.index, b.weight) for n, b in known.items()}
     s, q = block.support, block.query
     rows = user, batch.items[s.item], s.label, s.mask, batch.items[q.item]
     return rows if batch.users is None else (*rows, (batch.users, s.user, q.user))

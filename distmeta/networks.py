@@ -127,14 +127,19 @@ class Embedding(nn.Module):
                 bags[name] = Bag(getattr(self, f"item_index_{i}"), getattr(self, f"item_weight_{i}")).take(items)
         return bags
 
+    def item_rows(self, items: Tensor) -> tuple[Tensor, dict[str, Bag]]:
+        """The given items (int64 [U]) embedded, [U, F · e], and their bags."""
+        bags = self.item_bags(items)
+        return self._lookup(self.items(), bags, items.shape[0], self.item_vectors, items), bags
+
     def encode(self, batch: TaskBatch) -> "Encoded":
         """Embed what the batch touches: each unique item once, each user once.
 
         Raises:
             UserError: user ids are a feature and the tasks are users.
         """
-        bags = self.item_bags(batch.items)
-        items = Unique(self._lookup(self.items(), bags, batch.items.shape[0], self.item_vectors, batch.items))
+        x, bags = self.item_rows(batch.items)
+        items = Unique(x)
         if batch.users is None:
             if USER_ID in self.user_names:
                 raise UserError("--user-ids: the tasks are users, of whom new ones have no learned id; leave it out")

@@ -26,7 +26,7 @@ def failing(capsys, argv: list[str], status: int = 2) -> str:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["trian"], ["'trian'", "did you mean train?", "prepare train evaluate benchmark"]),
+        (["trian"], ["'trian'", "did you mean train?", "prepare train evaluate export benchmark"]),
         (["train", "mleu"], ["'mleu'", "did you mean melu?"]),
         (["train", "melu", "--epoch", "3"], ["--epoch", "did you mean --epochs?"]),
         (["train", "--bach-size=3"], ["--bach-size", "did you mean --batch-size?"]),

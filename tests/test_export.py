@@ -33,7 +33,7 @@ def test_the_graph_answers_as_the_method_does(name, changes):
     for ragged in (([[5, 3, 1, 0]], [[2, 4, 3, 2]]), ([[40]], [[1000]]), ([[1]], [[1]]), ([[0, 0]], [[9, 9]])):
         batch = oracle.batch(*ragged).to("cpu", torch.float32)
         (expected,) = m.predict(m.adapt(batch), batch)
-        found = graph(*given(batch, batch.blocks[0]))
+        found = graph(*given(batch, batch.blocks[0], m.dataset))
         assert found.shape == expected.shape
         mask = batch.blocks[0].query.mask
         torch.testing.assert_close(found[mask], expected[mask], rtol=1e-5, atol=1e-5)
@@ -54,7 +54,7 @@ def test_scenarios_have_a_graph_too(name, encoder, pretrained):
         block = batch.blocks[0]
         (expected,) = m.predict(m.adapt(batch), batch)
         mask = block.query.mask
-        torch.testing.assert_close(graph(*given(batch, block))[mask], expected[mask], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(graph(*given(batch, block, m.dataset))[mask], expected[mask], rtol=1e-5, atol=1e-5)
 
 
 def test_the_graph_holds_none_of_the_package_s_code():
@@ -74,7 +74,7 @@ def test_a_method_that_needs_gradients_is_refused():
 def test_rows_of_padding_may_hold_anything():
     m = cmml("cmml-sigmoid", encoder="gru").float()
     batch = oracle.batch([[4, 2]], [[3, 3]]).to("cpu", torch.float32)
-    user, item, label, mask, candidate = given(batch, batch.blocks[0])
+    user, item, label, mask, candidate = given(batch, batch.blocks[0], m.dataset)
     graph = exported(m).module()
     wide = [torch.cat([x, torch.ones_like(x)], 1) for x in (item, label)]
     more = graph(user, *wide, torch.cat([mask, torch.zeros_like(mask)], 1), candidate)

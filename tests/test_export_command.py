@@ -102,5 +102,5 @@ def test_onnx_answers_as_the_method_does(name, changes, many):
         batch = batch.to("cpu", torch.float32)
         (expected,) = m.predict(m.adapt(batch), batch)
         mask = batch.blocks[0].query.mask
-        found = session(*given(batch, batch.blocks[0]))
+        found = session(*given(batch, batch.blocks[0], m.dataset))
         torch.testing.assert_close(found[mask], expected[mask], rtol=1e-5, atol=1e-5)

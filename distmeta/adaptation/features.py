@@ -101,13 +101,13 @@ class Scaled:
         return self.part.product(weight, whole, first) * self.by
 
     def at(self, task: Tensor, row: Tensor) -> "Scaled":
-        return Scaled(self.part.at(task, row), self.by[task, row].unsqueeze(0))
+        return Scaled(self.part.at(task, row), Dense(self.by).at(task, row).x)
 
 
 Part = PerTask | Dense | Gathered | Scaled
 """Each has `count` (R, or 1), `width`, `rows()` [b, R or 1, d] and `product(weight, whole, first)`
-[b, R or 1, h], where weight [d, h] is the slice of `whole` that starts at row `first`; `at(task, row)` is a
-part of one task, of the rows [N] named."""
+[b, R or 1, h], where weight [d, h] is the slice of `whole` that starts at row `first`; `at(task, row)` is a part of one
+task, of the rows [N] named."""
 
 
 class Features:

@@ -48,11 +48,15 @@ class _Lookup(torch.autograd.Function):
         # all tables' gradients are slices of one tensor: one addition into it, whatever the number of fields
         rows, indices, first = [], [], 0
         for bag, size, g in zip(ctx.bags, ctx.sizes, grad[0].chunk(len(ctx.sizes), -1), strict=True):
-            rows.append(g.unsqueeze(1) if bag.weight is None else g.unsqueeze(1) * bag.weight.unsqueeze(-1))
-            indices.append(bag.index + first)
+            if bag.weight is None:
+                rows.append(g)
+                indices.append(bag.index[:, 0] + first)
+            else:  # padding, most of some fields, is left out
+                of, value = bag.weight.nonzero(as_tuple=True)
+                rows.append(gather(g, of) * bag.weight[of, value].unsqueeze(-1))
+                indices.append(bag.index[of, value] + first)
             first += size
-        row = torch.cat(rows, 1)
-        return None, *_scatter(row.flatten(0, 1), torch.cat(indices, 1), first).split(ctx.sizes)
+        return None, *_scatter(torch.cat(rows), torch.cat(indices), first).split(ctx.sizes)
 
 
 def _scatter(rows: Tensor, index: Tensor, size: int) -> Tensor:

@@ -76,10 +76,11 @@ def _export(run: Location, data: str | None, wanted: dict[str, Location]) -> Non
     place = Location.of(data or config.data.data)
     dataset = Dataset.open(place)
     table = tasktable.make(place, config.data.protocol, config.data.split_seed, protocols.protocol_options(config.data))
-    dataset = table.seen(dataset)
+    whole = table.seen(dataset)
     process.prepare(config.train.threads or 1)
-    step, method = assessment.best_method(config, run, dataset, place, table)
+    step, method = assessment.best_method(config, run, whole, place, table)
     program = export.exported(method, table.scenarios)
+    dataset = method.dataset  # without the fields that it is not told
     inputs = export.described(dataset, table.scenarios)
     held = io.BytesIO()
     torch.export.save(program, held)
@@ -91,7 +92,7 @@ def _export(run: Location, data: str | None, wanted: dict[str, Location]) -> Non
         model = onnxgraph.converted(program, [i["name"] for i in inputs])
         made["onnx"] = model, onnxgraph.Session(model)
     told = _about(config, run, step, dataset, place, table, inputs)
-    worst = {kind: _worst(method, graph, dataset, table, config) for kind, (_, graph) in made.items()}
+    worst = {kind: _worst(method, graph, whole, table, config) for kind, (_, graph) in made.items()}
     for kind, (apart, tasks) in worst.items():
         if not apart <= TOLERANCE:
             raise RunError(f"{wanted[kind]}: not written: its scores are up to {apart:.2g} from those of {run}")
@@ -116,7 +117,7 @@ def _worst(
     apart, tasks = 0.0, 0
     for batch in islice(loader.evaluation(), _BATCHES):
         for block, score in zip(batch, method.predict(method.adapt(batch), batch), strict=True):
-            mask, found = block.query.mask, graph(*export.given(batch, block))
+            mask, found = block.query.mask, graph(*export.given(batch, block, method.dataset))
             off = ((found - score).abs() / score.abs().clamp(min=1))[mask]
             apart, tasks = max(apart, float(off.nan_to_num(float("inf")).max())), tasks + len(block.task)
     return apart, tasks

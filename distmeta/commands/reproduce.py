@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distmeta.cli import Parser
+from distmeta.commands import reproduce_costs
+from distmeta.commands.reproduce_costs import COSTS, Costs
 from distmeta.commands.settings import Setting, flags_of
 from distmeta.errors import RunError, UserError
 from distmeta.evaluation.papertables import HEADS, PREPARE, RARE, TABLES, PaperTable
@@ -25,6 +27,7 @@ _TAKEN = ("data", "protocol", "split-seed", "run", "resume", "workers", "threads
 _EPILOG = """\
 tables: {tables}
 studies: {studies}
+costs of training: {costs} (trains nothing to its end: some minutes)
 
 --set FLAG[=VALUE] gives every method that has it a flag of `train`; WHERE:FLAG[=VALUE] only the method, the data
 set, or DATASET/METHOD that WHERE names. Commas part the values of a list.
@@ -77,6 +80,8 @@ def main(argv: Sequence[str]) -> int:
     for study, found in planned:
         points = studies.gather(study, found, places[study.dataset], datasets[study.dataset], failed)
         _write_study(study, points, call.out, _said(study, args.seeds or study.seeds, given, datasets, places))
+    for costs in (a for a in asked if isinstance(a, Costs)):
+        reproduce_costs.run(costs, places[costs.dataset], call.out, methods)
     if failed:
         raise RunError(f"{len(failed)} runs diverged, which the pages say: {', '.join(failed)}")
     return 0
@@ -90,10 +95,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "seeds, and write OUT/NAME.html, .md and .json (a study also .svg): the paper's rows and ours side\n"
         "by side, or our curves, floors included. Runs lie in OUT/runs; those that have finished are not\n"
         "trained again, so that the same command goes on after a kill.",
-        epilog=_EPILOG.format(tables=" ".join(TABLES), studies=" ".join(STUDIES)),
+        epilog=_EPILOG.format(tables=" ".join(TABLES), studies=" ".join(STUDIES), costs=" ".join(COSTS)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("tables", nargs="+", metavar="TABLE|STUDY", help=" ".join([*TABLES, *STUDIES]))
+    parser.add_argument("tables", nargs="+", metavar="TABLE|STUDY", help=" ".join([*TABLES, *STUDIES, *COSTS]))
     parser.add_argument(
         "--data", nargs="+", default=[], metavar="NAME=DATASET",
         help="where each data set lies, made by `prepare`; NAME=none leaves its columns out, as not to name one of"
@@ -121,12 +126,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse(argv)
 
 
-def _asked(name: str) -> PaperTable | Study:
-    known = {**TABLES, **STUDIES}
+def _asked(name: str) -> PaperTable | Study | Costs:
+    known = {**TABLES, **STUDIES, **COSTS}
     if name not in known:
         raise UserError(
             f"reproduce: unknown table or study {name!r}{nearest(name, known)}; tables: {' '.join(TABLES)}; studies:"
-            f" {' '.join(STUDIES)}"
+            f" {' '.join(STUDIES)}; costs: {' '.join(COSTS)}"
         )
     return known[name]
 
@@ -144,7 +149,7 @@ def _check_panels(given: Sequence[str], studies: Sequence[Study]) -> None:
             )
 
 
-def _methods(given: Sequence[str], tables: Sequence[PaperTable | Study]) -> list[str]:
+def _methods(given: Sequence[str], tables: Sequence[PaperTable | Study | Costs]) -> list[str]:
     """The methods to run; UserError where one is in no table, or not in the registry."""
     known = list(dict.fromkeys(o.method for t in tables for o in t.ours))
     for name in given:
@@ -167,7 +172,7 @@ def _methods(given: Sequence[str], tables: Sequence[PaperTable | Study]) -> list
     return chosen
 
 
-def _places(given: Sequence[str], tables: Sequence[PaperTable | Study]) -> dict[str, Location]:
+def _places(given: Sequence[str], tables: Sequence[PaperTable | Study | Costs]) -> dict[str, Location]:
     """Data set -> where it lies, without those left out; UserError where one is missing or none of the tables'."""
     needed = list(dict.fromkeys(name for t in tables for name in t.datasets))
     said: dict[str, str] = {}

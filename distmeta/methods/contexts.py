@@ -114,6 +114,7 @@ class Recurrent(nn.Module):
 
     def __init__(self, d: int, cell: str, units: int, hidden: Sequence[int], out: int) -> None:
         super().__init__()
+        self.kind = cell
         self.cell = {"gru": nn.GRU, "lstm": nn.LSTM}[cell](d, units, batch_first=True)
         self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise([units, *hidden, out]))
 
@@ -129,9 +130,8 @@ class Recurrent(nn.Module):
         """The state [b, units] after each task's last row; 0 where it has none."""
         packing = Packing.of(mask)
         z = self.inputs(x.at(packing.task, packing.row)).squeeze(0)
-        c = self.cell
-        kind = "lstm" if isinstance(c, nn.LSTM) else "gru"
-        ends = states(kind, z, c.weight_hh_l0, c.bias_hh_l0, packing)[packing.last]
+        c: Any = self.cell
+        ends = states(self.kind, z, c.weight_hh_l0, c.bias_hh_l0, packing)[packing.last]
         return ends.new_zeros(len(mask), c.hidden_size).index_copy(0, packing.tasks, ends)
 
     def inputs(self, x: Features) -> Tensor:

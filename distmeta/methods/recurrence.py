@@ -9,7 +9,7 @@ of the recurrent weights is one product over all rows.
 Shape letters: b tasks, S rows of the longest, N rows in all, h units, g gates (3 of a GRU, 4 of an LSTM).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -52,9 +52,9 @@ class _GRU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, counts: Sequence[int]) -> Tensor:
         h = weight.shape[1]
-        gates = torch.cat(
-            [x[:, : 2 * h] + bias[: 2 * h], bias[2 * h :].expand(len(x), h)], 1
-        )  # r, z, and n's inner term
+        gates = torch.empty_like(x)  # r, z, and the inner term of n
+        torch.add(x[:, : 2 * h], bias[: 2 * h], out=gates[:, : 2 * h])
+        gates[:, 2 * h :] = bias[2 * h :]
         new, states = torch.empty_like(x[:, :h]), torch.empty_like(x[:, :h])
         w = weight.t()
         columns = gates, gates[:, : 2 * h], *gates.split(h, 1), x[:, 2 * h :], new, states
@@ -72,21 +72,25 @@ class _GRU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad: Tensor) -> Any:  # type: ignore[override]
         weight, gates, new, states = ctx.saved_tensors
         (r, z, inner), before = gates.chunk(3, 1), _before(states, ctx.counts)
-        by_new = (1 - z) * (1 - new * new)  # ∂h/∂n before its tanh
-        factors = torch.cat([by_new * inner * r * (1 - r), (before - new) * z * (1 - z), by_new * r], 1)
+        by_new = _through_tanh(1 - z, new)
+        factors = torch.empty_like(gates)
+        of_r, of_z, of_n = factors.chunk(3, 1)
+        _through_sigmoid.grad_input(by_new * inner, r, grad_input=of_r)
+        _through_sigmoid.grad_input(before - new, z, grad_input=of_z)
+        torch.mul(by_new, r, out=of_n)
         d = grad[0].clone(memory_format=torch.contiguous_format)
         dgates = torch.empty_like(gates)
-        columns = (d, d.unsqueeze(1), z, factors.unflatten(1, (3, -1)), dgates, dgates.unflatten(1, (3, -1)))
-        steps = _steps(ctx.counts, *columns)
-        for (state, *_), (later, wide, kept, factor, g, g3) in reversed([*pairwise([(None,), *steps])]):
+        columns = d, d.unsqueeze(1), z, factors.unflatten(1, (3, -1)), dgates, dgates.unflatten(1, (3, -1))
+        for earlier, (later, wide, kept, factor, g, g3) in _backwards(_steps(ctx.counts, *columns)):
             torch.mul(wide, factor, out=g3)
-            if state is not None:
-                state[: len(later)].addcmul_(later, kept).addmm_(g, weight)
-        dx = torch.cat([dgates[:, : -d.shape[1]], d * by_new], 1)
-        return dx, dgates.t() @ before, dgates.sum(0), None
+            if earlier:
+                earlier[0][: len(later)].addcmul_(later, kept).addmm_(g, weight)
+        dweight, dbias = dgates.t() @ before, dgates.sum(0)
+        torch.mul(d, by_new, out=dgates[:, -d.shape[1] :])  # the input's share of n is not under r
+        return dgates, dweight, dbias, None
 
 
 class _LSTM(torch.autograd.Function):
@@ -97,7 +101,7 @@ class _LSTM(torch.autograd.Function):
         cells, squashed, states = (torch.empty_like(x[:, :h]) for _ in range(3))
         w = weight.t()
         columns = gates, gates[:, : 2 * h], *gates.split(h, 1), cells, squashed, states
-        before, cell = x.new_zeros(max(counts, default=0), h), x.new_zeros(max(counts, default=0), h)
+        before = cell = x.new_zeros(max(counts, default=0), h)
         for k, (g, two, i, f, n, o, c, t, state) in zip(counts, _steps(counts, *columns), strict=True):
             g.addmm_(before[:k], w)
             two.sigmoid_()
@@ -112,30 +116,44 @@ class _LSTM(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad: Tensor) -> Any:  # type: ignore[override]
         weight, gates, cells, squashed, states = ctx.saved_tensors
         (i, f, n, o), counts = gates.chunk(4, 1), ctx.counts
-        by_cell = torch.cat([n * i * (1 - i), _before(cells, counts) * f * (1 - f), i * (1 - n * n)], 1)
-        by_state, to_cell = squashed * o * (1 - o), o * (1 - squashed * squashed)
+        factors = torch.empty_like(gates)
+        of_i, of_f, of_n, of_o = factors.chunk(4, 1)
+        _through_sigmoid.grad_input(n, i, grad_input=of_i)
+        _through_sigmoid.grad_input(_before(cells, counts), f, grad_input=of_f)
+        _through_tanh.grad_input(i, n, grad_input=of_n)
+        _through_sigmoid.grad_input(squashed, o, grad_input=of_o)
+        to_cell = _through_tanh(o, squashed)
         d = grad[0].clone(memory_format=torch.contiguous_format)
         dcell, dgates = torch.zeros_like(d), torch.empty_like(gates)
-        three, last = dgates[:, : -d.shape[1]].unflatten(1, (3, -1)), dgates[:, -d.shape[1] :]
-        columns = d, dcell, dcell.unsqueeze(1), f, by_state, to_cell, by_cell.unflatten(1, (3, -1)), dgates, three, last
-        steps = _steps(counts, *columns)
-        for earlier, (later, c, wide, kept, of_o, to_c, factor, g, g3, g_o) in reversed([*pairwise([None, *steps])]):
+        three = [t[:, : -d.shape[1]].unflatten(1, (3, -1)) for t in (factors, dgates)]
+        columns = d, dcell, dcell.unsqueeze(1), f, of_o, to_cell, *three, dgates, dgates[:, -d.shape[1] :]
+        for earlier, (later, c, wide, kept, by_o, to_c, factor, g3, g, g_o) in _backwards(_steps(counts, *columns)):
             c.addcmul_(later, to_c)
             torch.mul(wide, factor, out=g3)
-            torch.mul(later, of_o, out=g_o)
-            if earlier is not None:
+            torch.mul(later, by_o, out=g_o)
+            if earlier:
                 k = len(later)
                 earlier[0][:k].addmm_(g, weight)
                 torch.mul(c, kept, out=earlier[1][:k])
         return dgates, dgates.t() @ _before(states, counts), dgates.sum(0), None
 
 
+_through_sigmoid: Any = torch.ops.aten.sigmoid_backward
+_through_tanh: Any = torch.ops.aten.tanh_backward
+"""What is passed on through them: of (gradient of the output, output), in one pass."""
+
+
 def _steps(counts: Sequence[int], *columns: Tensor) -> list[tuple[Tensor, ...]]:
     """Views of each step's rows of every column [N, …]."""
     return list(zip(*(c.split(list(counts)) for c in columns), strict=True))
+
+
+def _backwards(steps: Sequence[tuple[Tensor, ...]]) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
+    """The step before and each step, the last first; of the first step nothing is before."""
+    return reversed([*pairwise([(), *steps])])
 
 
 def _before(states: Tensor, counts: Sequence[int]) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
+from torch.nn import functional as F
 
 from distmeta.adaptation.features import Features
 from distmeta.data.schema import Dataset
@@ -22,6 +23,7 @@ from distmeta.methods import METHODS, method_class
 from distmeta.methods.base import Method
 from distmeta.methods.cmml import CMML
 from distmeta.methods.contexts import Recurrent
+from distmeta.networks import Embedding, Encoded
 from distmeta.tasks import Bag, Rows, TaskBatch, TaskBlock
 
 User = dict[str, tuple[Tensor, ...]]
@@ -54,6 +56,7 @@ class Served(nn.Module):
                 f"{method.name} adapts by gradients or in closed form, not in one graph; export one of {able}"
             )
         self.method = copy.deepcopy(method).eval().requires_grad_(False)
+        self.method.embedding = Baked(self.method.embedding, method.dataset.items)
         if isinstance(self.method.encoder, Recurrent):
             self.method.encoder = Scanned(self.method.encoder)
 
@@ -69,24 +72,46 @@ class Served(nn.Module):
         """Scores [b, Q].
 
         Args:
-            user: the users' fields, of scenarios those of its V users; what the method does not use may be there too.
+            user: the users' fields, of scenarios those of its V users.
             support_item: item indices of the dataset, int64 [b, S], in time order, padding last.
             support_label: float [b, S]. support_mask: bool [b, S]; all false for a user with nothing.
             candidate: item indices, int64 [b, Q].
             people: the users of the rows, where tasks are scenarios.
         """
-        m = self.method
-        items = torch.cat([support_item.flatten(), candidate.flatten()])
-        place = torch.arange(items.shape[0], device=items.device)
-        n = support_item.numel()
+        m, bags = self.method, {n: Bag(v[0], v[1] if len(v) > 1 else None) for n, v in user.items()}
         users, support_user, candidate_user = people or (None, None, None)
-        support = Rows(place[:n].view_as(support_item), support_label, support_mask, support_user)
-        unknown = torch.zeros_like(candidate)
-        query = Rows(place[n:].view_as(candidate), unknown, unknown, candidate_user)  # their items alone are looked at
-        bags = {name: Bag(values[0], values[1] if len(values) > 1 else None) for name, values in user.items()}
-        block = TaskBlock(support_mask[:, :1], {} if people else bags, support, query)
-        encoded = m.embedding.encode(TaskBatch(items, (block,), users=users, user_fields=bags if people else {}))
-        return m.head_of(block).score(m.outputs(block, encoded, m.context(block, encoded)))
+
+        def batch(item: Tensor, rows: Rows) -> tuple[TaskBlock, Encoded]:
+            """A block whose support and query both are those rows: the encoder sees one, the backbone the other."""
+            block = TaskBlock(support_mask[:, :1], {} if people else bags, rows, rows)
+            whole = TaskBatch(item.flatten(), (block,), users=users, user_fields=bags if people else {})
+            return block, m.embedding.encode(whole)
+
+        # two batches, so that the encoder's layers do not see the candidates
+        known = batch(support_item, Rows(_places(support_item), support_label, support_mask, support_user))
+        unknown = torch.zeros_like(candidate)  # of candidates the items alone are looked at
+        block, encoded = batch(candidate, Rows(_places(candidate), unknown, unknown, candidate_user))
+        return m.head_of(block).score(m.outputs(block, encoded, m.context(*known)))
+
+
+def _places(item: Tensor) -> Tensor:
+    """Where each of the items [b, R] stands when they are flat."""
+    return torch.arange(item.numel(), device=item.device).view_as(item)
+
+
+class Baked(Embedding):
+    """A trained Embedding whose items are worked out: what was looked up in several tables is one row of one."""
+
+    def __init__(self, trained: Embedding, items: int) -> None:
+        nn.Module.__init__(self)
+        self.user_names, self.user_tables = trained.user_names, trained.user_tables
+        self.user_width, self.item_width = trained.user_width, trained.item_width
+        with torch.no_grad():
+            every, _ = trained.item_rows(torch.arange(items, device=next(trained.parameters()).device))
+        self.register_buffer("item", every)
+
+    def item_rows(self, items: Tensor) -> tuple[Tensor, dict[str, Bag]]:
+        return F.embedding(items, self.get_buffer("item")), {}
 
 
 class Scanned(Recurrent):
@@ -161,10 +186,11 @@ def exported(method: Method, scenarios: bool = False) -> ExportedProgram:
     return export(served, inputs, dynamic_shapes=(*shapes, ({0: one}, rows, candidates)) if scenarios else shapes)
 
 
-def given(batch: TaskBatch, block: TaskBlock) -> tuple[Any, ...]:
-    """What `Served.forward` takes for a block of tasks."""
+def given(batch: TaskBatch, block: TaskBlock, dataset: Dataset) -> tuple[Any, ...]:
+    """What an exported graph takes for a block of tasks; `dataset` is the method's."""
     bags = block.user if batch.users is None else batch.user_fields
-    user = {n: (b.index,) if b.weight is None else (b.index, b.weight) for n, b in bags.items()}
+    known = {f.name: bags[f.name] for f in dataset.user_fields}
+    user = {n: (b.index,) if b.weight is None else (b.index, b.weight) for n, b in known.items()}
     s, q = block.support, block.query
     rows = user, batch.items[s.item], s.label, s.mask, batch.items[q.item]
     return rows if batch.users is None else (*rows, (batch.users, s.user, q.user))

@@ -45,7 +45,7 @@ class Session:
     """An ONNX model in memory, called as the exported program is."""
 
     def __init__(self, model: bytes, threads: int = 1) -> None:
-        import onnxruntime
+        import onnxruntime  # type: ignore[import-not-found]
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = threads

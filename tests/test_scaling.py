@@ -51,7 +51,10 @@ def test_workers_against_independent_processes(small, tmp_path, capsys):
     [
         (["--epochs", "3"], "--epochs must be at least 4"),
         ([], "give --data DATASET"),
-        (["--data", "nowhere", "--method", "bias"], "bias has a closed form, without steps to measure; methods that have: melu"),
+        (
+            ["--data", "nowhere", "--method", "bias"],
+            "bias has a closed form, without steps to measure; methods that have: melu",
+        ),
     ],
 )
 def test_bad_arguments(argv, words, capsys):

@@ -68,8 +68,10 @@ COSTS = {
         32,
         (
             *(Timed(f"MeLU, {k} step{'s' * (k > 1)}", "melu", ("--steps", str(k))) for k in (1, 5, 10, 20)),
-            Timed("CMML-FiLM, gru", "cmml-film", ("--encoder", "gru", "--hybrid", "dot")),
-            Timed("CMML-FiLM, mean", "cmml-film", ("--encoder", "mean", "--hybrid", "dot")),
+            *(
+                Timed(f"CMML-FiLM, {e}", "cmml-film", ("--encoder", e, "--labels", "embedding", "--no-wide"))
+                for e in ("gru", "mean")
+            ),
         ),
         {"s²Meta, 1 to 20 steps": "joins with a later issue"},
         "time and memory grow with the inner steps; CMML (sequential encoder, dot, FiLM) is comparable with MeLU of one"

@@ -5,7 +5,7 @@ Shape letters: b tasks, R rows, U unique items of a batch, M values of a field, 
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -164,7 +164,7 @@ class Embedding(nn.Module):
         found = [lookup([t.weight for t in tables.values()], [bags[name] for name in tables])] if tables else []
         if vectors is not None and index is not None:
             found.append(gather(vectors.weight, index))
-        return torch.cat(found, -1) if found else next(self.parameters()).new_zeros(rows, 0)
+        return torch.cat(found, -1) if found else next(chain(self.parameters(), self.buffers())).new_zeros(rows, 0)
 
 
 class Encoded:

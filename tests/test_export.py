@@ -10,14 +10,15 @@ from cmml_oracle import cmml, scenarios
 
 from distmeta.errors import UserError
 from distmeta.methods import options
+from distmeta.methods.cmml import CMMLFilm
 from distmeta.methods.melu import MeLU
 from distmeta.serving.export import Served, exported, given
 
 CASES = [
-    ("cmml-linear", {"encoder": "mean"}),
+    ("cmml-linear", {"encoder": "mean", "labels": "product", "wide": True}),
     ("cmml-sigmoid", {"encoder": "gru", "positives": True}),
     ("cmml-film", {"encoder": "max", "hybrid": "mlp"}),
-    ("cmml-film", {"encoder": "lstm", "hybrid": "none"}),
+    ("cmml-film", {"encoder": "lstm", "hybrid": "none", "labels": "product", "wide": True}),
     ("cmml-softm", {"encoder": "mean"}),
 ]
 
@@ -55,6 +56,17 @@ def test_scenarios_have_a_graph_too(name, encoder, pretrained):
         (expected,) = m.predict(m.adapt(batch), batch)
         mask = block.query.mask
         torch.testing.assert_close(graph(*given(batch, block, m.dataset))[mask], expected[mask], rtol=1e-5, atol=1e-5)
+
+
+def test_users_without_fields_have_a_graph():
+    dataset = oracle.dataset().without([f.name for f in oracle.USER_FIELDS])
+    m: Any = CMMLFilm(options.CMMLFilm(embedding=3), dataset, oracle.items()).float()
+    batch = oracle.batch([[4, 0]], [[3, 5]]).to("cpu", torch.float32)
+    inputs = given(batch, batch.blocks[0], dataset)
+    assert not inputs[0]
+    mask = batch.blocks[0].query.mask
+    (expected,) = m.predict(m.adapt(batch), batch)
+    torch.testing.assert_close(exported(m).module()(*inputs)[mask], expected[mask], rtol=1e-5, atol=1e-5)
 
 
 def test_the_graph_holds_none_of_the_package_s_code():

@@ -105,6 +105,7 @@ class Baked(Embedding):
     def __init__(self, trained: Embedding, items: int) -> None:
         nn.Module.__init__(self)
         self.user_names, self.user_tables = trained.user_names, trained.user_tables
+        self.user_vectors = trained.user_vectors
         self.user_width, self.item_width = trained.user_width, trained.item_width
         with torch.no_grad():
             every, _ = trained.item_rows(torch.arange(items, device=next(trained.parameters()).device))

@@ -66,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
             " of users, or one of the cmml methods"
         )
     dataset = table.seen(dataset)
+    dataset.without(config.data.leave_out)  # names a field that it has not before there is a run
     config = _settled(config, run, place)
     process.prepare(config.train.threads)
     run.make_dir()

@@ -48,8 +48,8 @@ LONG = {
 }
 """What makes training on the small dataset last for seconds, so that there is something to kill."""
 
-ALIKE = {"metasgd", "paml", "reg-paml", "constant", "itemmean", "itempop"}
-"""They differ from melu or bias in arithmetic alone, which test_parity has; a kill costs half a minute each."""
+ALIKE = {"metasgd", "paml", "reg-paml", "cmml-linear", "cmml-sigmoid", "cmml-softm", "constant", "itemmean", "itempop"}
+"""They differ from melu, cmml-film or bias in arithmetic alone, which test_parity has; a kill costs half a minute."""
 SHARING = [name for name in METHODS if method_class(name).memories is not Method.memories]
 """Methods whose tasks share a state."""
 

@@ -148,7 +148,8 @@ _NOTES = (
     " wider. The paired differences are free of that; their intervals resample whole scenarios, few as they are.",
     "ItemPop ranks by how often the support took an item; ours ranks ties by the mean of their places."
     " train-popularity, which the paper has not, ranks by how many users took it in any training scenario: a test"
-    " scenario shares items with those, and is then no cold start for its items.",
+    " scenario shares items with those, and is then no cold start for its items. It shares what users took of them too:"
+    " training episodes may hold pairs that a list asks about, which --scenario-apart keeps out of them.",
     "Backbone, encoder and hypernetwork have the sizes of the paper's §7.2.1 (--sizes scenario). Embeddings of"
     " users and items are made beforehand by collaborative filtering, as the paper's (here by the project's ALS, from"
     " training scenarios' positives of which no list asks), 128 wide, and stay; those of fields are learned.",

@@ -98,9 +98,10 @@ class Crowd:
         time = n / self.interactions
         for _ in range(_ROUNDS):
             for _ in range(8):  # Newton: after `time` of its exponential race a user has n items, on average
-                left = np.exp(-np.clip(np.outer(time, weight), 0, 700))
+                left = np.exp(-np.minimum(np.outer(time, weight), 700))
                 have, rate = ((1 - left) * size).sum(1), (left * weight * size).sum(1)
-                time = np.clip(time + (n - have) / np.maximum(rate, 1e-300), time / 4, time * 4)
+                step = time + (n - have) / np.maximum(rate, 1e-300)
+                time = np.minimum(np.clip(step, time / 4, time * 4), 700 / weight.min())
             got = people @ (1 - np.exp(-np.outer(time, weight)))
             weight = weight * np.clip(wanted / size / np.maximum(got, 1e-300), 0.5, 2)
         share = np.concatenate([[0.0], np.cumsum(weight * size)])
@@ -158,9 +159,7 @@ class Crowd:
         tastes = simplex(self.seed, n_tastes(self.clusters, self.minor), FACTORS)
         own = normal(self.seed, user[:, None], np.arange(FACTORS), purpose="load user factors") / np.sqrt(FACTORS)
         shared = np.where(few, _ALIKE, 1.0)[:, None] * (1 - _PERSONAL)
-        return _TASTE * (
-            np.sqrt(shared) * tastes[self.cluster(user) + few * self.clusters] + np.sqrt(1 - shared) * own
-        )
+        return _TASTE * (np.sqrt(shared) * tastes[self.cluster(user) + few * self.clusters] + np.sqrt(1 - shared) * own)
 
     def score(self, users: Ints, row: Ints, item: Ints) -> Floats:
         """s of the pairs (users[row], item), in stars, before any noise."""

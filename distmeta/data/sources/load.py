@@ -9,12 +9,15 @@ import contextlib
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from multiprocessing import connection
 from typing import Any
 
 import numpy as np
@@ -160,7 +163,16 @@ _mine: list[Any] = []
 
 
 def _begin(where: Location, crowd: Crowd) -> None:
+    """Make ready a process that makes parts; one of a pool ends with who started it, and leaves Ctrl-C to it."""
     _mine[:] = [where, crowd]
+    if parent := multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        threading.Thread(target=_outlive, args=(parent.sentinel,), daemon=True).start()
+
+
+def _outlive(sentinel: int) -> None:
+    connection.wait([sentinel])
+    os._exit(1)
 
 
 def _part(number: int, first: int, last: int) -> tuple[int, Table, NDArray[np.int64]]:
@@ -185,7 +197,9 @@ def _made(
             for done in as_completed(waiting):
                 yield done.result()
         except BrokenProcessPool:
-            raise RunError(f"{where}: a process that wrote parts was killed (memory?); try again with fewer --jobs") from None
+            raise RunError(
+                f"{where}: a process that wrote parts was killed (memory?); try again with fewer --jobs"
+            ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

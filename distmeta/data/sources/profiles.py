@@ -55,8 +55,9 @@ class Profile:
     def counts(self, chance: Floats) -> Floats:
         """Interactions of the users at these quantiles; not whole."""
         at, most = np.array(self.activity).T
-        z = ndtri(np.clip(at, 1e-9, 1 - 1e-6))
-        return np.exp(np.interp(ndtri(np.clip(chance, 1e-9, 1 - 1e-9)), z, np.log(most)))
+        edge = 0.5 / self.users
+        z, drawn = (ndtri(np.clip(u, edge, 1 - edge)) for u in (at, chance))
+        return np.exp(np.interp(drawn, z, np.log(most)))
 
     def head(self, items: Floats) -> Floats:
         """Share of the interactions that the most popular `items` (a share, 0 to 1) have."""

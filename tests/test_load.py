@@ -59,7 +59,8 @@ def test_marginals_are_the_published_ones(made: tuple[Path, Dataset]) -> None:
     profile, rows = PROFILES[dataset.name.removeprefix("synthetic-")], _rows(where)
     per_user = np.bincount(rows["user"], minlength=dataset.users)
     per_item = np.sort(np.bincount(rows["item"], minlength=dataset.items))[::-1]
-    assert rows.height == dataset.interactions and per_user.min() >= profile.least
+    assert rows.height == dataset.interactions
+    assert per_user.min() >= profile.least
     for share, most in profile.activity[1:-1]:  # a quantile that few users are over varies from seed to seed
         near = 0.08 if share <= 0.99 else 0.25
         assert np.quantile(per_user, share) == pytest.approx(np.floor(most), rel=near, abs=1)
@@ -72,7 +73,8 @@ def test_marginals_are_the_published_ones(made: tuple[Path, Dataset]) -> None:
         told = pq.read_table(where / f"vocabularies/user-{name}.parquet")["value"].to_pylist()
         assert told == [None, *values]
         found = np.bincount(users[name], minlength=len(values) + 1) / dataset.users
-        assert np.abs(found[1:] - shares).max() < 4 * np.sqrt(0.25 / dataset.users) and found[0] == 0
+        assert np.abs(found[1:] - shares).max() < 4 * np.sqrt(0.25 / dataset.users)
+        assert found[0] == 0
     category = np.bincount(read_side(Location.of(where), dataset, "items", ["category"])["category"].to_numpy())
     assert category[1] / dataset.items == pytest.approx(profile.categories[0], abs=0.03)
     if profile.labels == "clicks":
@@ -88,7 +90,8 @@ def test_what_is_published_of_the_logs_themselves() -> None:
         chance = (np.arange(p.users) + 0.5) / p.users
         assert np.floor(p.counts(chance)).mean() == pytest.approx(p.interactions / p.users, rel=0.03)
         for shares in (p.categories, *(s for _, s in p.fields.values())):
-            assert sum(shares) == pytest.approx(1) and np.all(np.diff(shares) <= 0)
+            assert sum(shares) == pytest.approx(1)
+            assert np.all(np.diff(shares) <= 0)
     assert [np.floor(np.median(PROFILES[n].counts(np.array([0.5])))) for n in ("movielens-1m", "bookcrossing")] == [
         96, 1,
     ]  # fmt: skip
@@ -112,8 +115,10 @@ def test_rows_are_sorted_and_nobody_meets_an_item_twice(made: tuple[Path, Datase
     rows, p = _rows(where), PROFILES[dataset.name.removeprefix("synthetic-")]
     assert rows.equals(rows.sort("user", "time", maintain_order=True))
     assert rows.select("user", "item").is_unique().all()
-    assert rows["item"].min() >= 0 and rows["item"].max() < dataset.items  # type: ignore[operator]
-    assert rows["time"].min() >= p.first and rows["time"].max() <= p.first + p.span  # type: ignore[operator]
+    assert rows["item"].min() >= 0
+    assert rows["item"].max() < dataset.items
+    assert rows["time"].min() >= p.first
+    assert rows["time"].max() <= p.first + p.span
     assert rows["label"].is_between(dataset.label.minimum, dataset.label.maximum).all()
 
 
@@ -130,7 +135,7 @@ def test_the_best_error_is_that_of_who_knows_every_score(tmp_path: Path, profile
     for found, mine in (
         (dataset.extra["bayes"], few >= 0),
         (dataset.extra["bayes_groups"]["planted_group"]["minor"], few),
-    ):  # noqa: E501
+    ):
         for name, value in best(score[mine], crowd.noise).items():
             unit = {"mae": stretch, "rmse": stretch, "mse": stretch**2}.get(name, 1.0)
             assert found[name] == pytest.approx(unit * value, rel=1e-3), name
@@ -154,10 +159,12 @@ def test_minor_users_and_scenarios_are_planted(tmp_path: Path) -> None:
             assert np.median(value[few]) > 2 * np.median(value[~few])
     rows = _rows(tmp_path / "d")
     home = rows.group_by("item", "scenario").len().sort("len").group_by("item").last()
-    assert dataset.scenarios == 7 and rows["scenario"].n_unique() == 7
+    assert dataset.scenarios == 7
+    assert rows["scenario"].n_unique() == 7
     busy = home.filter(pl.col("len") > 100)
     of_item = rows.group_by("item").len("all").join(busy, on="item")
-    assert len(of_item) > 20 and ((of_item["len"] / of_item["all"]) - (0.8 + 0.2 / 7)).abs().max() < 0.15  # type: ignore[operator]
+    assert len(of_item) > 20
+    assert ((of_item["len"] / of_item["all"]) - (0.8 + 0.2 / 7)).abs().max() < 0.15
 
 
 def test_everybody_meets_everything() -> None:
@@ -188,7 +195,8 @@ def test_senseless_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str], fla
     profile = [] if "--profile" in flags else ["--profile", "taobao"]
     assert cli.main(["prepare", "synthetic", *profile, *flags, "--out", str(tmp_path / "d")]) == 2
     said = capsys.readouterr().err
-    assert sentence in said and said.count("\n") == 1
+    assert sentence in said
+    assert said.count("\n") == 1
     assert not (tmp_path / "d").exists()
 
 

@@ -82,8 +82,6 @@ class Recipe:
             if bad:
                 raise UserError(f"synthetic: {flag} must be {need}")
         clicks = (p.labels if self.labels == "profile" else self.labels) == "clicks"
-        if not clicks and p.labels == "clicks":
-            raise UserError(f"synthetic: --labels ratings: {self.profile} has no ratings; choose another --profile")
         return Crowd(
             self.profile, users, items, rows, self.seed, self.noise, self.preference_clusters, self.minor,
             self.scenarios, clicks,

@@ -118,7 +118,7 @@ PROFILES: dict[str, Profile] = {
             "city": (_numbered("city", 300), zipf(300)),
             "device": (_numbered("device", 50), zipf(50, 1.2)),
         },
-        labels="clicks", mean=2.76, scale=(0.0, 1.0), first=1_511_539_200, span=9 * 86_400, sitting=9 * 86_400,
+        labels="clicks", mean=2.76, scale=(1.0, 5.0), first=1_511_539_200, span=9 * 86_400, sitting=9 * 86_400,
     ),
     # All counted, and as published.
     "movielens-1m": Profile(

@@ -6,6 +6,11 @@ Everything is a pure function of (seed, user, place in the user's draws) or (see
 A user's items are the first n different ones of a sequence of draws from the popularity curve, which is sampling
 without replacement in proportion to the weights. That alone would make the popular items less popular than the curve
 says (nobody rates one twice), so the weights are first corrected until the expected shares are the curve's.
+
+Chance alone would also bend the curve where items have one interaction or two: sorted by what they got, the lucky ones
+come first and many have none. So the log is dealt like a pack: its n-th interaction is one of R equally likely cards,
+each dealt once, and only what takes the place of a card that the user already has is drawn freely. The users' activity
+is dealt in the same way.
 """
 
 from dataclasses import dataclass
@@ -17,7 +22,7 @@ from numpy.typing import NDArray
 from distmeta.data.sources import oracle
 from distmeta.data.sources.planted import n_tastes, simplex
 from distmeta.data.sources.profiles import PROFILES, Profile
-from distmeta.draws import hashed, normal, uniform
+from distmeta.draws import hashed, normal, permuted, uniform
 
 Floats = NDArray[np.float64]
 Floats32 = NDArray[np.float32]
@@ -36,6 +41,8 @@ _HOME = 0.8
 """How often an interaction takes place in the item's own scenario."""
 _CELLS, _LEVELS, _ROUNDS = 400, 64, 40
 """Cells of the popularity curve and levels of activity that the correction knows; its rounds."""
+_FREE = 0.5
+"""Share of the items, the most popular, that what is drawn freely is among; the others have few interactions."""
 _DENSE = 4
 """Users with more than 1/_DENSE of all items get them by a race of all items instead of by draws."""
 _RACE = 1 << 22
@@ -70,7 +77,8 @@ class Crowd:
     def counts(self) -> Ints:
         """[users]: interactions of each, that sum up to `interactions`; the profile's activity, scaled."""
         least = self.marginals.least
-        drawn = self.marginals.counts(uniform(self.seed, np.arange(self.users), purpose="load activity"))
+        dealt = permuted(np.arange(self.users), self.users, self.seed, purpose="load activity")
+        drawn = self.marginals.counts((dealt + 0.5) / self.users)
         over = np.maximum(drawn - least, 1e-6)
         room = self.items - least
         low, high = 0.0, 1.0
@@ -85,6 +93,11 @@ class Crowd:
         return least + _topped_up(counts, exact - counts, room, self.interactions - least * self.users)
 
     @cached_property
+    def first(self) -> Ints:
+        """[users]: the interaction of the log that is the first of each."""
+        return np.cumsum(self.counts) - self.counts
+
+    @cached_property
     def weights(self) -> tuple[Floats, Floats]:
         """(items, share), both cumulative from 0 to 1: what a draw obeys, so that the outcome obeys the profile."""
         cells = np.unique(np.round(np.geomspace(1, self.items, _CELLS)).astype(np.int64))
@@ -94,16 +107,16 @@ class Crowd:
         wanted = _spread(wanted, size, self.users)
         levels = np.array_split(np.sort(self.counts), min(_LEVELS, self.users))
         n, people = np.array([part.mean() for part in levels]), np.array([len(part) for part in levels])
-        weight = wanted / size
-        time = n / self.interactions
+        popular = cells <= max(_FREE * self.items, 1)
+        weight, more = wanted / size / self.interactions, np.zeros_like(n)
         for _ in range(_ROUNDS):
-            for _ in range(8):  # Newton: after `time` of its exponential race a user has n items, on average
-                left = np.exp(-np.minimum(np.outer(time, weight), 700))
-                have, rate = ((1 - left) * size).sum(1), (left * weight * size).sum(1)
-                step = time + (n - have) / np.maximum(rate, 1e-300)
-                time = np.minimum(np.clip(step, time / 4, time * 4), 700 / weight.min())
-            got = people @ (1 - np.exp(-np.outer(time, weight)))
-            weight = weight * np.clip(wanted / size / np.maximum(got, 1e-300), 0.5, 2)
+            free = np.where(popular, weight, 0) / (weight * size)[popular].sum()
+            for _ in range(8):  # Newton: with so many free draws a user has n items, on average
+                left = np.exp(-np.minimum(np.outer(n, weight) + np.outer(more, free), 700))
+                have, rate = ((1 - left) * size).sum(1), (left * free * size).sum(1)
+                more = np.clip(more + (n - have) / np.maximum(rate, 1e-300), 0, 4 * more + n)
+            weight = weight * np.clip(wanted / size / np.maximum(people @ (1 - left), 1e-300), 0.5, 2)
+            weight /= (weight * size).sum()
         share = np.concatenate([[0.0], np.cumsum(weight * size)])
         return edges / self.items, share / share[-1]
 
@@ -203,6 +216,16 @@ class Crowd:
         at = (nth + uniform(self.seed, users[row], nth, purpose="load time")) / counts[row]
         return p.first + (start[row] + at * p.sitting).astype(np.int64)
 
+    def _dealt(self, user: Ints, nth: Ints) -> Floats:
+        """Where in the weights each user's nth draw is: a card of the pack while there are any, then a free one."""
+        items, share = self.weights
+        popular = share[np.searchsorted(items, max(_FREE, 1 / self.items), side="right") - 1]
+        u = popular * uniform(self.seed, user, nth, purpose="load item")
+        mine = nth < self.counts[user]
+        card = permuted(self.first[user[mine]] + nth[mine], self.interactions, self.seed, purpose="load card")
+        u[mine] = (card + 0.5) / self.interactions
+        return u
+
     def _item(self, u: Floats) -> Ints:
         """The items at these quantiles of the weights."""
         items, share = self.weights
@@ -221,7 +244,7 @@ class Crowd:
             more = missing[open_rows] * 5 // 4 + 1
             r = np.repeat(open_rows, more)
             k = np.arange(len(r)) - np.repeat(np.cumsum(more) - more, more) + used[r]
-            new = self._item(uniform(self.seed, users[r], k, purpose="load item"))
+            new = self._item(self._dealt(users[r], k))
             row, item, nth = (np.concatenate(pair) for pair in ((row, r), (item, new), (nth, k)))
             used[open_rows] += more
             first = np.sort(_firsts(row * self.items + item))

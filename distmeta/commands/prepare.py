@@ -277,20 +277,22 @@ def _load(argv: Sequence[str]) -> int:
         "synthetic",
         "Make a world with the sizes, activity, popularity and fields of a real log, or of other sizes with the\n"
         "same marginals. It is written part by part: memory does not grow with the interactions. The same seed\n"
-        "makes the same files, whatever --jobs is. dataset.json says under extra.bayes what error an oracle has;\n"
-        "planted_cluster and planted_group say who a user is, and methods do not read them.",
+        "makes the same files, whatever --jobs is. Users have one of a few tastes; which one is in the fields\n"
+        "planted_cluster and planted_group, which methods do not read. dataset.json says under extra.bayes what\n"
+        "error an oracle has, and under extra.bayes_groups among whom. A run that was stopped leaves no dataset:\n"
+        "the same command begins anew at the same --out.",
         "examples:\n"
         "  python -m jobs.prepare synthetic --profile movielens-1m --out data/like-ml-1m\n"
         "  python -m jobs.prepare synthetic --profile taobao --users 1000000 --items 4000000 \\\n"
         "    --interactions 100000000 --out data/like-taobao",
     )
     _add_out(parser)
-    parser.add_argument("--jobs", type=int, default=0, metavar="N", help="processes that write; 0: one a core [0]")
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes that write, each in about 0.6 GB [one a core]")
     add_flags(parser, Recipe, "the world")
     flags = vars(parser.parse(argv))
     out, jobs = flags.pop("out"), flags.pop("jobs")
-    if jobs < 0:
-        raise UserError(f"synthetic: --jobs must be at least 0, not {jobs}")
+    if jobs is not None and jobs < 1:
+        raise UserError(f"synthetic: --jobs must be at least 1, not {jobs}")
     return _make(out, lambda where: generate(where, jobs, **flags))
 
 

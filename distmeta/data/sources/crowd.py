@@ -88,7 +88,7 @@ class Crowd:
             middle = (low + high) / 2
             fits = np.floor(np.minimum(over * middle, room)).sum() <= self.interactions - least * self.users
             low, high = (middle, high) if fits else (low, middle)
-        exact = np.minimum(over * low, room)
+        exact: Floats = np.minimum(over * low, room)
         counts = np.floor(exact).astype(np.int64)
         return least + _topped_up(counts, exact - counts, room, self.interactions - least * self.users)
 
@@ -106,16 +106,13 @@ class Crowd:
         wanted = np.diff(self.marginals.head(edges / self.items)) * self.interactions
         wanted = _spread(wanted, size, self.users)
         levels = np.array_split(np.sort(self.counts), min(_LEVELS, self.users))
-        n, people = np.array([part.mean() for part in levels]), np.array([len(part) for part in levels])
+        n, people = (np.array([of(part) for part in levels], np.float64) for of in (np.mean, len))
         popular = cells <= max(_FREE * self.items, 1)
         weight, more = wanted / size / self.interactions, np.zeros_like(n)
         for _ in range(_ROUNDS):
             free = np.where(popular, weight, 0) / (weight * size)[popular].sum()
-            for _ in range(8):  # Newton: with so many free draws a user has n items, on average
-                left = np.exp(-np.minimum(np.outer(n, weight) + np.outer(more, free), 700))
-                have, rate = ((1 - left) * size).sum(1), (left * free * size).sum(1)
-                more = np.clip(more + (n - have) / np.maximum(rate, 1e-300), 0, 4 * more + n)
-            weight = weight * np.clip(wanted / size / np.maximum(people @ (1 - left), 1e-300), 0.5, 2)
+            more, met = _free_draws(n, more, weight, free, size)
+            weight = weight * np.clip(wanted / size / np.maximum(people @ met, 1e-300), 0.5, 2)
             weight /= (weight * size).sum()
         share = np.concatenate([[0.0], np.cumsum(weight * size)])
         return edges / self.items, share / share[-1]
@@ -301,6 +298,23 @@ def _topped_up(counts: Ints, left: Floats, room: int, total: int) -> Ints:
         order = np.argsort(np.where(counts < room, -left, np.inf), kind="stable")[:short]
         counts[order[counts[order] < room]] += 1
     return counts
+
+
+def _free_draws(n: Floats, more: Floats, weight: Floats, free: Floats, size: Ints) -> tuple[Floats, Floats]:
+    """How many free draws after n cards give n items on average, by Newton's method from `more`.
+
+    Args:
+        weight, free: [cells] chance of an item of each to be the next card, and the next free draw; `size`: its items.
+
+    Returns:
+        [levels] the draws; [levels, cells] chance of an item of each to be met.
+    """
+    met = np.zeros((len(n), len(size)))
+    for _ in range(8):
+        met = -np.expm1(-np.outer(n, weight) - np.outer(more, free))
+        rate = ((1 - met) * free * size).sum(1)
+        more = np.clip(more + (n - met @ size) / np.maximum(rate, 1e-300), 0, np.minimum(4 * more + n, 1e12))
+    return more, met
 
 
 def _spread(wanted: Floats, size: Ints, users: int) -> Floats:

@@ -50,15 +50,15 @@ class Recipe:
     """What a big world is made from."""
 
     profile: str = option("taobao", "Whose marginals it has.", tuple(PROFILES))
-    users: int = option(0, "Number of users; 0: the profile's.", least=0, most=2**31 - 1)
-    items: int = option(0, "Number of items; 0: the profile's.", least=0, most=2**31 - 1)
-    interactions: int = option(0, "Number of interactions; 0: the profile's.", least=0)
+    users: int | None = option(None, "Number of users [the profile's].", least=1, most=2**31 - 1)
+    items: int | None = option(None, "Number of items [the profile's].", least=1, most=2**31 - 1)
+    interactions: int | None = option(None, "Number of interactions [as many a user as in the profile].", least=1)
     seed: int = option(0, "What every draw comes from.")
     noise: float = option(0.4, "Standard deviation of the noise, in stars.", above=0)
     preference_clusters: int = option(3, "Planted clusters of users by taste.", least=1)
     minor: float = option(0.2, "Share of minor users, with rare field values and tastes of their own.", least=0)
     scenarios: int = option(0, "Scenarios that interactions take place in, by the item's category; 0: none.", least=0)
-    labels: str = option("profile", "What is observed; profile: as it is there.", ("profile", "ratings", "clicks"))
+    labels: str | None = option(None, "What is observed [as in the profile's log].", ("ratings", "clicks"))
 
     def crowd(self) -> Crowd:
         """The world of these arguments.
@@ -67,7 +67,8 @@ class Recipe:
             UserError: sizes that make no sense, or more tastes than there is room for.
         """
         p = PROFILES[self.profile]
-        users, items, rows = self.users or p.users, self.items or p.items, self.interactions or p.interactions
+        users, items = self.users or p.users, self.items or p.items
+        rows = self.interactions or -(-users * p.interactions // p.users)
         tastes = n_tastes(self.preference_clusters, self.minor)
         for flag, bad, need in (
             ("--interactions", rows > users * items,
@@ -81,18 +82,18 @@ class Recipe:
         ):  # fmt: skip
             if bad:
                 raise UserError(f"synthetic: {flag} must be {need}")
-        clicks = (p.labels if self.labels == "profile" else self.labels) == "clicks"
+        clicks = (self.labels or p.labels) == "clicks"
         return Crowd(
             self.profile, users, items, rows, self.seed, self.noise, self.preference_clusters, self.minor,
             self.scenarios, clicks,
         )  # fmt: skip
 
 
-def generate(where: Location, jobs: int = 0, **arguments: Any) -> Dataset:
+def generate(where: Location, jobs: int | None = None, **arguments: Any) -> Dataset:
     """Write the world at `where`, the manifest last; `extra["bayes"]` is the error of who knows every score.
 
     Args:
-        jobs: processes that write parts; 0: one a core. They change nothing but the time it takes.
+        jobs: processes that write parts; None: one a core. They change nothing but the time it takes.
         arguments: fields of `Recipe`.
 
     Raises:
@@ -252,7 +253,9 @@ def _extra(recipe: Recipe, crowd: Crowd, bins: NDArray[np.int64]) -> dict[str, A
     }
     return {
         "source": "synthetic-profile",
-        "arguments": asdict(recipe) | {k: getattr(crowd, k) for k in ("users", "items", "interactions")},
+        "arguments": asdict(recipe)
+        | {k: getattr(crowd, k) for k in ("users", "items", "interactions")}
+        | {"labels": "clicks" if crowd.clicks else "ratings"},
         "content_fields": {"user": list(crowd.marginals.fields), "item": ["category", "quality"]},
         "bayes": bayes(crowd, bins.sum(0)),
         "bayes_groups": {
@@ -268,7 +271,7 @@ def _extra(recipe: Recipe, crowd: Crowd, bins: NDArray[np.int64]) -> dict[str, A
 def bayes(crowd: Crowd, bins: NDArray[np.int64]) -> dict[str, float]:
     """Least possible errors, on the labels' scale, of rows with this histogram of scores [BINS]."""
     there = np.flatnonzero(bins)
-    score = LOWEST + WIDTH * (there + 0.5)
+    score = LOWEST + WIDTH * (there + np.float64(0.5))
     if crowd.clicks:
         return oracle.click_bayes(score, crowd.noise, bins[there])
     stretch = crowd.marginals.stretch

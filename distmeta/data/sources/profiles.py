@@ -103,7 +103,7 @@ _JOBS = (
 _COUNTRIES = (
     ("usa", "canada", "united kingdom", "germany", "australia", "spain", "france", "portugal", "netherlands",
      *_numbered("country", 40)),
-    _shares(.77967, .0991, .02346, .01906, .01592, .00802, .00688, .00525, .00434, *(.0383 * s for s in zipf(40))),
+    _shares(.77967, .0991, .02346, .01906, .01592, .00802, .00688, .00525, .00434, *(.0383 * s for s in zipf(40, .6))),
 )  # fmt: skip
 """Book-Crossing's countries, counted in the subset; those after the ninth by Zipf's law."""
 

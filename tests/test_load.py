@@ -1,11 +1,7 @@
 """Big made worlds: the same whoever writes them, with a log's marginals, and a best error that is true."""
 
-import errno
 import hashlib
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -20,7 +16,6 @@ from distmeta.data.sources.load import Recipe, generate
 from distmeta.data.sources.profiles import PROFILES, Profile
 from distmeta.data.tables import read_side
 from distmeta.draws import normal, uniform
-from distmeta.errors import RunError, UserError
 from distmeta.evaluation.metrics import pooled_auc
 from distmeta.storage import Location
 
@@ -267,29 +262,3 @@ def test_senseless_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str], fla
     assert sentence in said
     assert said.count("\n") == 1
     assert not (tmp_path / "d").exists()
-
-
-def test_a_small_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 200_000})())
-    with pytest.raises(RunError, match=r"0\.0 GB are needed and 0\.0 GB are free"):
-        generate(Location.of(tmp_path / "d"), 1, **SMALL)
-    assert not (tmp_path / "d").exists()
-
-
-def test_a_disk_that_fills_leaves_no_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "PART_ROWS", 4_000)
-    write: Callable[..., Any] = pq.write_table
-
-    def full(table: Any, path: str, **options: Any) -> None:
-        if path.endswith("interactions/part-00002.parquet"):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(table, path, **options)
-
-    monkeypatch.setattr(load.pq, "write_table", full)
-    with pytest.raises(RunError, match="no space left"):
-        generate(Location.of(tmp_path / "d"), 1, **SMALL)
-    with pytest.raises(UserError, match="no dataset here"):
-        Dataset.open(Location.of(tmp_path / "d"))
-    monkeypatch.undo()
-    again = generate(Location.of(tmp_path / "d"), 1, **SMALL)
-    assert json.loads((tmp_path / "d/dataset.json").read_text())["interactions"] == again.interactions == 24_000

@@ -1,6 +1,7 @@
 """Big made worlds: the same whoever writes them, with a log's marginals, and a best error that is true."""
 
 import hashlib
+import time
 from pathlib import Path
 
 import numpy as np
@@ -140,11 +141,11 @@ def test_rows_are_sorted_and_nobody_meets_an_item_twice(made: tuple[Path, Datase
     rows, p = _rows(where), PROFILES[dataset.name.removeprefix("synthetic-")]
     assert rows.equals(rows.sort("user", "time", maintain_order=True))
     assert rows.select("user", "item").is_unique().all()
-    item, time, label = (_numbers(rows, name) for name in ("item", "time", "label"))
+    item, at, label = (_numbers(rows, name) for name in ("item", "time", "label"))
     assert item.min() >= 0
     assert item.max() < dataset.items
-    assert time.min() >= p.first
-    assert time.max() <= p.first + p.span
+    assert at.min() >= p.first
+    assert at.max() <= p.first + p.span
     assert label.min() >= dataset.label.minimum
     assert label.max() <= dataset.label.maximum
 
@@ -227,11 +228,27 @@ def test_minor_users_and_scenarios_are_planted(tmp_path: Path) -> None:
     assert np.abs(_numbers(of_item, "len") / _numbers(of_item, "all") - (0.8 + 0.2 / 7)).max() < 0.15
 
 
-def test_everybody_meets_everything() -> None:
-    crowd = Recipe(profile="taobao", users=30, items=40, interactions=1_200).crowd()
-    table, bins = load.block(crowd, 0, 30)
-    assert np.array_equal(np.sort(table["user"].to_numpy() * 40 + table["item"].to_numpy()), np.arange(1_200))
-    assert bins.sum() == 1_200
+@pytest.mark.parametrize(
+    ("profile", "users", "items", "interactions"),
+    [
+        ("taobao", 30, 40, 1_200),  # everybody meets everything
+        ("movielens-1m", 341, 4_216, 351_031),  # the popular items are met by all: draws alone take half a minute
+        ("bookcrossing", 1, 1, 1),
+        ("bookcrossing", 500, 200_000, 500),
+    ],
+)
+def test_crowded_and_empty_worlds(profile: str, users: int, items: int, interactions: int) -> None:
+    crowd = Recipe(profile=profile, users=users, items=items, interactions=interactions).crowd()
+    start = time.process_time()
+    table, bins = load.block(crowd, 0, users)
+    assert time.process_time() - start < 10
+    assert len(np.unique(table["user"].to_numpy().astype(np.int64) * items + table["item"].to_numpy())) == interactions
+    assert bins.sum() == interactions
+
+
+def test_sizes_left_out_follow_the_users() -> None:
+    crowd = Recipe(profile="movielens-1m", users=604).crowd()
+    assert (crowd.items, crowd.interactions) == (3_706, 100_021)
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_a_file_that_cannot_be_written_ends_all_writers(tmp_path: Path) -> None:
 
 def test_a_small_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 200_000})())
-    with pytest.raises(RunError, match=r"0\.0 GB are needed and 0\.0 GB are free"):
+    with pytest.raises(RunError, match=r"0\.00 GB are needed and 0\.00 GB are free"):
         generate(Location.of(tmp_path / "d"), 1, **SMALL)
     assert not (tmp_path / "d").exists()
 

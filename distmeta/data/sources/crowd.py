@@ -44,7 +44,7 @@ _CELLS, _LEVELS, _ROUNDS = 400, 64, 40
 _FREE = 0.5
 """Share of the items, the most popular, that what is drawn freely is among; the others have few interactions."""
 _DENSE = 4
-"""Users with more than 1/_DENSE of all items get them by a race of all items instead of by draws."""
+"""Who has more than 1/_DENSE of all items would need many draws for the last of them."""
 _RACE = 1 << 22
 """Numbers that a race holds at a time."""
 BINS, LOWEST, WIDTH = 8192, -5.0, 1 / 512
@@ -97,9 +97,19 @@ class Crowd:
         """[users]: the interaction of the log that is the first of each."""
         return np.cumsum(self.counts) - self.counts
 
-    @cached_property
+    @property
     def weights(self) -> tuple[Floats, Floats]:
         """(items, share), both cumulative from 0 to 1: what a draw obeys, so that the outcome obeys the profile."""
+        return self._corrected[:2]
+
+    def dense(self, counts: Ints) -> NDArray[np.bool_]:
+        """Whether who has so many items is to get them by a race of all items, which is less work than draws."""
+        n, draws = self._corrected[2:]
+        return (np.interp(counts, n, draws) > self.items) | (counts * _DENSE > self.items)
+
+    @cached_property
+    def _corrected(self) -> tuple[Floats, Floats, Floats, Floats]:
+        """`weights`, and (n, draws): how many draws n items take."""
         cells = np.unique(np.round(np.geomspace(1, self.items, _CELLS)).astype(np.int64))
         edges = np.concatenate([[0], cells])
         size = np.diff(edges)
@@ -115,7 +125,7 @@ class Crowd:
             weight = weight * np.clip(wanted / size / np.maximum(people @ met, 1e-300), 0.5, 2)
             weight /= (weight * size).sum()
         share = np.concatenate([[0.0], np.cumsum(weight * size)])
-        return edges / self.items, share / share[-1]
+        return edges / self.items, share / share[-1], n, n + more
 
     @cached_property
     def place(self) -> NDArray[np.int32]:
@@ -198,7 +208,7 @@ class Crowd:
 
     def chosen(self, users: Ints, counts: Ints) -> tuple[Ints, Ints]:
         """Who meets which items: (row of `users`, item), by row and in a random order within it."""
-        dense = counts * _DENSE > self.items
+        dense = self.dense(counts)
         parts = [self._drawn(users, np.where(dense, 0, counts)), self._raced(users, np.where(dense, counts, 0))]
         row, item = (np.concatenate(columns) for columns in zip(*parts, strict=True))
         shuffle = hashed(self.seed, users[row], item, purpose="load order") >> np.uint64(24)

@@ -299,7 +299,7 @@ def _check_room(where: Location, crowd: Crowd) -> None:
         free = shutil.disk_usage(folder.path).free
     if free < need:
         raise RunError(
-            f"{where}: about {need / 1e9:,.1f} GB are needed and {free / 1e9:,.1f} GB are free; free some, or give"
+            f"{where}: about {need / 1e9:,.2f} GB are needed and {free / 1e9:,.2f} GB are free; free some, or give"
             " another --out or fewer --interactions"
         )
 

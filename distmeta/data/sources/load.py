@@ -315,8 +315,8 @@ class _Progress:
     def add(self, rows: int) -> None:
         self.done += rows
         now = time.perf_counter()
-        if now - self.told < (0.2 if self.live else 30.0):
-            return
+        if now - self.told < (0.2 if self.live else 30.0) or self.done * 100 < self.rows:
+            return  # the rate of a small first part says nothing
         self.told, rate = now, self.done / (now - self.start)
         left = (self.rows - self.done) / rate
         line = f"{self.done:,} of {self.rows:,} interactions, {rate:,.0f}/s, {left:,.0f} s left"

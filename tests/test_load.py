@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from distmeta import cli
 from distmeta.data.schema import Dataset
-from distmeta.data.sources import load, oracle
+from distmeta.data.sources import load, oracle, synthetic
 from distmeta.data.sources.crowd import Crowd
 from distmeta.data.sources.load import Recipe, generate
 from distmeta.data.sources.profiles import PROFILES, Profile
@@ -244,6 +245,13 @@ def test_crowded_and_empty_worlds(profile: str, users: int, items: int, interact
     assert time.process_time() - start < 10
     assert len(np.unique(table["user"].to_numpy().astype(np.int64) * items + table["item"].to_numpy())) == interactions
     assert bins.sum() == interactions
+
+
+def test_what_needs_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    known, small = ({f.name for f in fields(recipe)} for recipe in (Recipe, synthetic.Recipe))
+    for flag in ("jobs", *(known - small - {"profile"})):
+        assert cli.main(["prepare", "synthetic", f"--{flag}=9", "--out", str(tmp_path / "d")]) == 2
+        assert f"--{flag} goes with --profile" in capsys.readouterr().err
 
 
 def test_sizes_left_out_follow_the_users() -> None:

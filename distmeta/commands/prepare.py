@@ -246,8 +246,11 @@ def _hybrid(argv: Sequence[str]) -> int:
 
 
 def _synthetic(argv: Sequence[str]) -> int:
-    if any(a.split("=")[0] == "--profile" for a in argv):
+    given = [a.split("=")[0] for a in argv]
+    if "--profile" in given:
         return _load(argv)
+    if big := next((a for a in given if a in ("--interactions", "--scenarios", "--labels", "--jobs")), None):
+        raise UserError(f"prepare synthetic: {big} goes with --profile, which says whose log the world is to be like")
     from distmeta.data.sources.synthetic import Recipe, generate
 
     parser = _parser(

@@ -61,7 +61,7 @@ def add_flags(parser: argparse.ArgumentParser, section: type, title: str) -> Non
         default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         kwargs: dict[str, Any] = {
             "default": argparse.SUPPRESS,
-            "help": (f.metadata["help"] + (f" [{default}]" if default != "" else "")).replace("%", "%%"),
+            "help": (f.metadata["help"] + (f" [{default}]" if default not in ("", None) else "")).replace("%", "%%"),
         }
         kind = _plain_type(hints[f.name])
         if kind is bool:

@@ -28,7 +28,7 @@ sources:
   taobao-cloud-theme  theme_click_log.csv, as tianchi.aliyun.com gives it: clicks in themes
   table            your own Parquet or CSV files, described by a short YAML file
   hybrid           the scenarios of several prepared datasets in one
-  synthetic        a made world of clusters whose best possible error is known
+  synthetic        a made world whose best possible error is known; --profile: as big as a real log
 and:
   tasks            choose users, support and query by a protocol (train does this by itself on first use)
 
@@ -246,6 +246,11 @@ def _hybrid(argv: Sequence[str]) -> int:
 
 
 def _synthetic(argv: Sequence[str]) -> int:
+    given = [a.split("=")[0] for a in argv]
+    if "--profile" in given:
+        return _load(argv)
+    if big := next((a for a in given if a in ("--interactions", "--scenarios", "--labels", "--jobs")), None):
+        raise UserError(f"prepare synthetic: {big} goes with --profile, which says whose log the world is to be like")
     from distmeta.data.sources.synthetic import Recipe, generate
 
     parser = _parser(
@@ -253,7 +258,9 @@ def _synthetic(argv: Sequence[str]) -> int:
         "Make a world of clusters: ratings 1 to 5 (continuous) from user and item factors that fields tell\n"
         "in part, plus noise. dataset.json says under extra.bayes what error an oracle has. The same seed\n"
         "makes the same data. With --preference-clusters or --minor the users have one of a few tastes; which\n"
-        "one is in the fields planted_cluster and planted_group, which methods do not read.",
+        "one is in the fields planted_cluster and planted_group, which methods do not read.\n"
+        "With --profile {taobao,movielens-1m,bookcrossing} a world as big as those, or of any size, is written in\n"
+        "little memory; its own flags: prepare synthetic --profile taobao --help.",
         "examples:\n"
         "  python -m jobs.prepare synthetic --users 2000 --items 500 --seed 1 --out data/made\n"
         "  python -m jobs.prepare synthetic --users 1500 --preference-clusters 3 --out data/tastes\n"
@@ -264,6 +271,32 @@ def _synthetic(argv: Sequence[str]) -> int:
     flags = vars(parser.parse(argv))
     out = flags.pop("out")
     return _make(out, lambda where: generate(where, **flags))
+
+
+def _load(argv: Sequence[str]) -> int:
+    from distmeta.data.sources.load import Recipe, generate
+
+    parser = _parser(
+        "synthetic",
+        "Make a world with the sizes, activity, popularity and fields of a real log, or of other sizes with the\n"
+        "same marginals. It is written part by part: memory does not grow with the interactions. The same seed\n"
+        "makes the same files, whatever --jobs is. Users have one of a few tastes; which one is in the fields\n"
+        "planted_cluster and planted_group, which methods do not read. dataset.json says under extra.bayes what\n"
+        "error an oracle has, and under extra.bayes_groups among whom. A run that was stopped leaves no dataset:\n"
+        "the same command begins anew at the same --out.",
+        "examples:\n"
+        "  python -m jobs.prepare synthetic --profile movielens-1m --out data/like-ml-1m\n"
+        "  python -m jobs.prepare synthetic --profile taobao --users 1000000 --items 4000000 \\\n"
+        "    --interactions 100000000 --out data/like-taobao",
+    )
+    _add_out(parser)
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes that write, each in about 0.6 GB [one a core]")
+    add_flags(parser, Recipe, "the world")
+    flags = vars(parser.parse(argv))
+    out, jobs = flags.pop("out"), flags.pop("jobs")
+    if jobs is not None and jobs < 1:
+        raise UserError(f"synthetic: --jobs must be at least 1, not {jobs}")
+    return _make(out, lambda where: generate(where, jobs, **flags))
 
 
 def _tasks(argv: Sequence[str]) -> int:

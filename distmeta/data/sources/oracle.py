@@ -38,10 +38,10 @@ def rating_mean(score: Floats, noise: float) -> Floats:
     return score + noise * _censored_mean((LOW - score) / noise, (HIGH - score) / noise)
 
 
-def rating_bayes(score: Floats, noise: float) -> dict[str, float]:
-    """`oracle_error` averaged over all ratings: mae, mse, rmse."""
-    mae, mse = oracle_error(score, noise)
-    return {"mae": float(mae.mean()), "mse": float(mse.mean()), "rmse": float(np.sqrt(mse.mean()))}
+def rating_bayes(score: Floats, noise: float, rows: NDArray[np.int64] | None = None) -> dict[str, float]:
+    """`oracle_error` averaged over all ratings: mae, mse, rmse; `rows`: how many ratings have each score [1]."""
+    mae, mse = (float(np.average(e, weights=rows)) for e in oracle_error(score, noise))
+    return {"mae": mae, "mse": mse, "rmse": math.sqrt(mse)}
 
 
 def click_logit(score: Floats, noise: float) -> Floats:
@@ -54,8 +54,11 @@ def probability(logit: Floats) -> Floats:
     return np.exp(-np.logaddexp(0.0, -logit))
 
 
-def click_bayes(score: Floats, noise: float) -> dict[str, float]:
+def click_bayes(score: Floats, noise: float, rows: NDArray[np.int64] | None = None) -> dict[str, float]:
     """Least expected errors over all rows, each by its own best prediction.
+
+    Args:
+        rows: how many rows have each score [1].
 
     Returns:
         mae (by 0 or 1), mse, rmse and log_loss (by p), auc_rows (by the order of p, over all rows; but for what a
@@ -63,21 +66,24 @@ def click_bayes(score: Floats, noise: float) -> dict[str, float]:
         logit of p shifted by log(Σ(1 − p) / Σp): as if the classes were equally frequent. The last two are left out
         where they are not defined: there cannot be both a click and another row.
     """
-    logit = np.sort(click_logit(score, noise))
+    order = np.argsort(score, kind="stable")
+    n = np.ones(len(score)) if rows is None else rows[order].astype(np.float64)
+    logit = click_logit(score[order], noise)
     p, q = probability(logit), probability(-logit)
     mse, log_loss = p * q, p * np.logaddexp(0.0, -logit) + q * np.logaddexp(0.0, logit)
     found = {
-        "mae": np.minimum(p, q).mean(),
-        "mse": mse.mean(),
-        "rmse": np.sqrt(mse.mean()),
-        "log_loss": log_loss.mean(),
+        "mae": np.average(np.minimum(p, q), weights=n),
+        "mse": np.average(mse, weights=n),
+        "rmse": np.sqrt(np.average(mse, weights=n)),
+        "log_loss": np.average(log_loss, weights=n),
     }
-    clicks, others = p.sum(), q.sum()
-    # Pairs of a click and another row, both expected, and those of them ranked right.
-    pairs, right = clicks * others - p @ q, p @ (np.cumsum(q) - q)
+    clicks, others = n @ p, n @ q
+    # Pairs of a click and another row, both expected, and those of them ranked right (half of equal scores').
+    pairs = clicks * others - n @ mse
+    right = (n * p) @ (np.cumsum(n * q) - n * q) + (n * (n - 1)) @ mse / 2
     if pairs > 0:
         shifted = logit + np.log(others) - np.log(clicks)
-        sides = p @ np.logaddexp(0.0, -shifted) / clicks, q @ np.logaddexp(0.0, shifted) / others
+        sides = (n * p) @ np.logaddexp(0.0, -shifted) / clicks, (n * q) @ np.logaddexp(0.0, shifted) / others
         found |= {"nel_rows": sum(sides) / 2, "auc_rows": right / pairs}
     return {name: float(value) for name, value in found.items()}
 

@@ -104,7 +104,7 @@ def planted_users(
     rows = np.arange(n)
     cluster = choice(max(1, clusters), seed, rows, purpose="synthetic preference cluster")
     few = uniform(seed, rows, purpose="synthetic minor") < minor
-    tastes = _tastes(seed, n_tastes(clusters, minor), factors)
+    tastes = simplex(seed, n_tastes(clusters, minor), factors)
     own = _factors(seed, rows, factors, "user") / math.sqrt(factors)
     taste = tastes[cluster + few * max(1, clusters)]
     shared = np.where(few, _ALIKE, 1.0)[:, None] * (1 - personal)
@@ -180,7 +180,7 @@ def _told(seed: int, cluster: Ints, clusters: int, honest: float, purpose: str) 
     return np.where(right, cluster, choice(clusters, seed, rows, purpose=f"synthetic {purpose} told"))
 
 
-def _tastes(seed: int, n: int, factors: int) -> Floats:
+def simplex(seed: int, n: int, factors: int) -> Floats:
     """n <= factors unit vectors [n, factors]: any one, or the corners of a regular simplex around 0."""
     drawn = _factors(seed, np.arange(factors), factors, "taste")
     q, r = np.linalg.qr(drawn)

@@ -130,7 +130,17 @@ class TrainOptions:
         300, "Seconds that workers wait for one that hangs before all are restarted (--workers).", least=1
     )
     seed: int = option(0, "Seed of the initial parameters, the task order and every draw.", least=0)
-    epochs: int = option(30, "Passes over the training tasks, at most.", least=1)
+    epochs: int = option(30, "Passes over the training tasks (or parts of one: --epoch-tasks), at most.", least=1)
+    epoch_tasks: int = option(
+        0,
+        "Tasks that an epoch has at most: validation and a checkpoint follow each such part of a pass; 0: a pass.",
+        least=0,
+    )
+    valid_tasks: int = option(
+        0,
+        "Validation tasks to judge an epoch by, the same for every seed and number of workers; 0: all.",
+        least=0,
+    )
     patience: int = option(
         5, "Stop after this many epochs without a better validation error; 0 never stops early.", least=0
     )

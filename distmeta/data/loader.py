@@ -152,10 +152,10 @@ class Loader:
         if table.scenarios and dataset.user_fields:
             self._users = encode_all(dataset.user_fields, table.users(dataset), table.location)
         count = table.counts.get(split, {"tasks": 0, "rows": 0})
-        fits = memory is None or pools.estimate(count["tasks"], count["rows"], dataset, table.scenarios) <= memory
-        if memory is None or fits or sizes != full:
+        some = sizes != full
+        if some or memory is None or pools.estimate(count["tasks"], count["rows"], dataset, table.scenarios) <= memory:
             self._plan = pools.whole(sizes)
-            tables = self._some(sizes, memory) if sizes != full else table.read(split, self._shards, self._columns)
+            tables = self._some(sizes, memory) if some else table.read(split, self._shards, self._columns)
             self._kept = self._tasks(tables, self._plan.pools()[0])
         else:
             groups = table.groups(split)
@@ -241,19 +241,23 @@ class Loader:
                 yield self._collator(joined, episode_rows).batch(np.arange(len(joined)), epoch or 0)
 
     def _some(self, sizes: Sequence[int], memory: int | None) -> list[pa.Table]:
-        """Of each of this worker's shards the tasks with the `sizes[v]` lowest hashes, in stored order."""
+        """Of each of this worker's shards the tasks with the `sizes[v]` lowest hashes, a row group read at a time.
+
+        Raises:
+            UserError: those of all workers would not fit into `memory`.
+        """
         count, share = self.table.counts[self.split], self.n_tasks / sum(self.table.sizes(self.split))
         need = pools.estimate(self.n_tasks, round(share * count["rows"]), self.dataset, self.table.scenarios)
         if memory is not None and need > memory:
             raise UserError(
-                f"{self.table.location}: {self.n_tasks} of its {self.split} tasks take {-(-need // pools.MB)} MB, more"
-                f" than --memory-mb {memory // pools.MB}; take fewer (--valid-tasks), or give that much"
+                f"{self.table.location}: {self.n_tasks:,} of its {self.split} tasks take {-(-need // pools.MB)} MB,"
+                f" more than --memory-mb {memory // pools.MB}; take fewer, or give --memory-mb {-(-need // pools.MB)}"
             )
         groups = self.table.groups(self.split)
         wanted = [(v, [g]) for v in self._shards for g in range(len(groups[v]))]
         found: dict[int, pa.Table] = {}
-        for (v, _), table in zip(wanted, self.table.stream(self.split, wanted, self._columns), strict=True):
-            found[v] = _lowest(pa.concat_tables([found[v], table]) if v in found else table, sizes[v])
+        for (v, _), tasks in zip(wanted, self.table.stream(self.split, wanted, self._columns), strict=True):
+            found[v] = _lowest(pa.concat_tables([found[v], tasks]) if v in found else tasks, sizes[v])
         return list(found.values())
 
     def _loaded(self, order: Sequence[Pool]) -> Generator[AnyTasks]:

@@ -219,3 +219,13 @@ def test_methods_in_closed_form_say_that_they_take_all(tmp_path, small) -> None:
     (line,) = read_metrics(Location.of(tmp_path / "run"))
     assert line["step"] == 6
     assert len(stored(table, "train")) == table.counts["train"]["tasks"]
+
+
+def test_clusters_are_surveyed_on_as_many_tasks_as_a_part_has(tmp_path, small) -> None:
+    flags = {"epochs": 4, "epoch_tasks": 48, "clusters": 2, "warm_epochs": 1}
+    config, dataset, table = tiny.setting(small, "hml", **flags)
+    trainer.train(config, Location.of(tmp_path / "run").make_dir(), dataset, small, table, log=lambda _: None)
+    surveys = [line["clusters"] for line in read_metrics(Location.of(tmp_path / "run")) if "clusters" in line]
+    assert len(surveys) == 4
+    assert all(sum(survey["sizes"]) == 48 for survey in surveys)
+    assert all(survey["churn"] is not None for survey in surveys[1:])  # the same tasks each time

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from distmeta.config import Config
+from distmeta.config import Config, TrainOptions
 from distmeta.data.loader import Loader, read_items
 from distmeta.data.schema import Dataset, Label
 from distmeta.data.tasktable import TaskTable
@@ -90,13 +90,7 @@ def train(
         items = read_items(dataset_location, dataset)
         method = build_method(config, dataset, items, device, exchange)
         o = config.train
-        shared: dict[str, Any] = {"seed": o.seed, "rank": exchange.rank, "world": exchange.world}
-        shared["memory"] = o.memory_mb << 20
-        drawn = dataclasses.replace(table, query_rows=o.query_rows or table.query_rows)
-        given = {**shared, "redraw": o.redraw_query, "epoch_tasks": o.epoch_tasks}
-        tasks = Loader(drawn, dataset, "train", o.batch_size, **given)
-        at_once = lists.BATCH if table.scenarios else o.batch_size
-        valid = Loader(table, dataset, "valid", at_once, redraw=False, most=o.valid_tasks, **shared)
+        tasks, surveyed, valid = _loaders(o, table, dataset, exchange, method.groups > 1)
         for loader in (tasks, valid):
             if loader.note and exchange.rank == 0:
                 log(loader.note)
@@ -110,13 +104,28 @@ def train(
         if method.sweeps and o.epoch_tasks and exchange.rank == 0:
             log(f"--epoch-tasks {o.epoch_tasks}: {method.name} is solved from all training tasks, in sweeps")
         training = _Training(
-            config, run, method, tasks, valid, table.split_hash, exchange, log, dataset.label, device, fence
+            config, run, method, tasks, surveyed, valid, table.split_hash, exchange, log, dataset.label, device, fence
         )
         try:
             training.prepare(table, dataset)
             return training.solve() if method.sweeps else training.learn()
         finally:
             training.keeper.writing.wait()
+
+
+def _loaders(
+    o: TrainOptions, table: TaskTable, dataset: Dataset, exchange: Exchange, clusters: bool
+) -> tuple[Loader, Loader, Loader]:
+    """This worker's tasks to train on, those whose clusters are surveyed after each epoch, and those to validate on."""
+    shared: dict[str, Any] = {"seed": o.seed, "rank": exchange.rank, "world": exchange.world}
+    shared["memory"] = o.memory_mb << 20
+    drawn = dataclasses.replace(table, query_rows=o.query_rows or table.query_rows)
+    given = {**shared, "redraw": o.redraw_query, "epoch_tasks": o.epoch_tasks}
+    tasks = surveyed = Loader(drawn, dataset, "train", o.batch_size, **given)
+    if clusters and tasks.epochs.parts > 1:
+        surveyed = Loader(drawn, dataset, "train", o.batch_size, most=o.epoch_tasks, **shared)
+    at_once = lists.BATCH if table.scenarios else o.batch_size
+    return tasks, surveyed, Loader(table, dataset, "valid", at_once, redraw=False, most=o.valid_tasks, **shared)
 
 
 class _Training:
@@ -128,6 +137,7 @@ class _Training:
         run: Location,
         method: Method,
         tasks: Loader,
+        surveyed: Loader,
         valid: Loader,
         split_hash: str,
         exchange: Exchange,
@@ -151,7 +161,7 @@ class _Training:
         self.words = Words(self.options.epochs, tasks.epochs, self.update is not None)
         self.stateful: dict[str, Stateful] = dict(method.shared)
         """What a checkpoint carries besides parameters and moments, by name."""
-        self.survey = survey_of(method, self.update, tasks, exchange, device)
+        self.survey = survey_of(method, self.update, surveyed, exchange, device)
         if self.survey:
             self.stateful["clusters"] = self.survey
         self._restore()

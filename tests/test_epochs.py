@@ -164,7 +164,7 @@ def test_a_run_in_parts_learns_what_a_run_in_passes_does(tmp_path, small, monkey
     _, dataset, table = tiny.setting(small, "tiny")
     parts = Loader(table, dataset, "train", 16, epoch_tasks=48).epochs.parts
     assert parts == 3
-    flags = {"epoch_tasks": 48, "valid_tasks": 5, "patience": 0}
+    flags: dict[str, Any] = {"epoch_tasks": 48, "valid_tasks": 5, "patience": 0}
     cut = tiny.run_of(tmp_path / "parts", small, world, epochs=2 * parts, **flags)
     assert (cut.steps, cut.epochs) == (usual.steps, 2 * parts)
     assert same(tmp_path / "parts", tmp_path / "passes")
@@ -183,7 +183,7 @@ class Stop(Exception):
 @pytest.mark.parametrize("stop", [1, 4, 7, 20])
 def test_stopped_within_a_part_and_resumed(tmp_path, small, monkeypatch, stop) -> None:
     tiny.register(monkeypatch)
-    flags = {"epochs": 12, "epoch_tasks": 48, "valid_tasks": 5, "patience": 0, "checkpoint_steps": 2}
+    flags: dict[str, Any] = {"epochs": 12, "epoch_tasks": 48, "valid_tasks": 5, "patience": 0, "checkpoint_steps": 2}
     tiny.run_of(tmp_path / "whole", small, 0, **flags)
     apply = MetaUpdate.apply
 
@@ -222,7 +222,7 @@ def test_methods_in_closed_form_say_that_they_take_all(tmp_path, small) -> None:
 
 
 def test_clusters_are_surveyed_on_as_many_tasks_as_a_part_has(tmp_path, small) -> None:
-    flags = {"epochs": 4, "epoch_tasks": 48, "clusters": 2, "warm_epochs": 1}
+    flags: dict[str, Any] = {"epochs": 4, "epoch_tasks": 48, "clusters": 2, "warm_epochs": 1}
     config, dataset, table = tiny.setting(small, "hml", **flags)
     trainer.train(config, Location.of(tmp_path / "run").make_dir(), dataset, small, table, log=lambda _: None)
     surveys = [line["clusters"] for line in read_metrics(Location.of(tmp_path / "run")) if "clusters" in line]

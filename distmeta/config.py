@@ -34,6 +34,7 @@ FREE = frozenset(
             "checkpoint_steps",
             "threads",
             "gpu",
+            "floors",
         )
     }
 )
@@ -187,6 +188,11 @@ class TrainOptions:
         0, "CPU threads of each worker; 0: the cores divided by the workers, 1 on a cluster.", least=0
     )
     gpu: bool = option(False, "Compute on a GPU.")
+    floors: bool = option(
+        True,
+        "Measure the floors on the test tasks too, once for each task table; with millions of items that takes minutes,"
+        " and `evaluate --run RUN` does it later.",
+    )
 
 
 @dataclass(frozen=True)

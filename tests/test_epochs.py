@@ -108,6 +108,11 @@ def test_parts_of_scenarios_episodes(tmp_path: Path) -> None:
     assert cut.epochs.parts > 3
     whole = [flat(b) for e in (0, 1) for b in usual.epoch(e)]
     assert [flat(b) for e in range(2 * cut.epochs.parts) for b in cut.epoch(e)] == whole
+    every = scenarioworld.stored(table, "valid")
+    some = [b for r in (0, 1) for b in Loader(table, dataset, "valid", 1, rank=r, world=2, most=1).evaluation()]
+    tasks = [t for batch in some for block in batch for t in block.task.tolist()]
+    assert len(tasks) == 1 < len(every)
+    assert every.keys() >= set(tasks)
 
 
 @pytest.mark.parametrize("streamed", [False, True])

@@ -34,6 +34,7 @@ FREE = frozenset(
             "checkpoint_steps",
             "threads",
             "gpu",
+            "floors",
         )
     }
 )
@@ -130,7 +131,17 @@ class TrainOptions:
         300, "Seconds that workers wait for one that hangs before all are restarted (--workers).", least=1
     )
     seed: int = option(0, "Seed of the initial parameters, the task order and every draw.", least=0)
-    epochs: int = option(30, "Passes over the training tasks, at most.", least=1)
+    epochs: int = option(30, "Passes over the training tasks (or parts of one: --epoch-tasks), at most.", least=1)
+    epoch_tasks: int = option(
+        0,
+        "Tasks that an epoch has at most: validation and a checkpoint follow each such part of a pass; 0: a pass.",
+        least=0,
+    )
+    valid_tasks: int = option(
+        0,
+        "Validation tasks to judge an epoch by, the same for every seed and number of workers; 0: all.",
+        least=0,
+    )
     patience: int = option(
         5, "Stop after this many epochs without a better validation error; 0 never stops early.", least=0
     )
@@ -177,6 +188,11 @@ class TrainOptions:
         0, "CPU threads of each worker; 0: the cores divided by the workers, 1 on a cluster.", least=0
     )
     gpu: bool = option(False, "Compute on a GPU.")
+    floors: bool = option(
+        True,
+        "Measure the floors on the test tasks too, once for each task table; with millions of items that takes minutes,"
+        " and `evaluate --run RUN` does it later.",
+    )
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, pairwise
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from distmeta import draws
 from distmeta.adaptation.features import Gathered, Part, PerTask, Unique
 from distmeta.adaptation.lookup import gather, lookup
 from distmeta.adaptation.maps import Linear, Table
@@ -79,6 +81,8 @@ class Embedding(nn.Module):
         user_ids: whether the user's is, where tasks are scenarios; where they are users, new ones have none.
         scale: standard deviation that the tables start with.
         vectors: width of vectors that users (of scenarios) and items have besides, all 0 until somebody sets them.
+        id_buckets: of item ids so many embeddings, shared by the items whose ids have the same hash, so that neither
+            memory nor an update's time knows how many items there are; 0: one an item, where `item_ids`.
     """
 
     def __init__(
@@ -90,9 +94,11 @@ class Embedding(nn.Module):
         user_ids: bool = False,
         scale: float = 0.1,
         vectors: int = 0,
+        id_buckets: int = 0,
     ) -> None:
         super().__init__()
         user_fields, item_fields = content_fields(dataset)
+        item_ids = item_ids or bool(id_buckets)
         if not user_fields and not item_fields and not item_ids and not vectors:
             raise UserError(f"{dataset.name}: has no user or item fields to learn from; add --item-ids")
         # ModuleDict forbids dots in names, which a user's own table may have: the tables go by position there
@@ -100,7 +106,7 @@ class Embedding(nn.Module):
         self.item_names = [f.name for f in item_fields] + ([ITEM_ID] if item_ids else [])
         sizes = [f.size for f in user_fields] + ([dataset.users] if user_ids else [])
         self.user_tables = nn.ModuleList(Table(n, width, scale) for n in sizes)
-        sizes = [f.size for f in item_fields] + ([dataset.items] if item_ids else [])
+        sizes = [f.size for f in item_fields] + ([id_buckets or dataset.items] if item_ids else [])
         self.item_tables = nn.ModuleList(Table(n, width, scale) for n in sizes)
         self.user_vectors = Table(dataset.users, vectors, 0.0) if vectors else None
         self.item_vectors = Table(dataset.items, vectors, 0.0) if vectors else None
@@ -110,6 +116,8 @@ class Embedding(nn.Module):
         for i, f in enumerate(item_fields):
             self.register_buffer(f"item_index_{i}", items[f.name].index, persistent=False)
             self.register_buffer(f"item_weight_{i}", items[f.name].weight, persistent=False)
+        bucket = _buckets(dataset.items, id_buckets) if id_buckets else None
+        self.register_buffer("item_bucket", bucket, persistent=False)
 
     def users(self) -> dict[str, Table]:
         return dict(zip(self.user_names, self.user_tables, strict=True))  # type: ignore[arg-type]
@@ -122,7 +130,8 @@ class Embedding(nn.Module):
         bags = {}
         for i, name in enumerate(self.item_names):
             if name == ITEM_ID:
-                bags[name] = Bag(items.unsqueeze(1), None)
+                ids = items if self.item_bucket is None else self.get_buffer("item_bucket")[items].long()
+                bags[name] = Bag(ids.unsqueeze(1), None)
             else:
                 bags[name] = Bag(getattr(self, f"item_index_{i}"), getattr(self, f"item_weight_{i}")).take(items)
         return bags
@@ -165,6 +174,12 @@ class Embedding(nn.Module):
         if vectors is not None and index is not None:
             found.append(gather(vectors.weight, index))
         return torch.cat(found, -1) if found else next(chain(self.parameters(), self.buffers())).new_zeros(rows, 0)
+
+
+def _buckets(items: int, buckets: int) -> Tensor:
+    """Which of `buckets` each item's id is in, int32 [items]; always the same."""
+    keys = draws.hashed(np.arange(items), purpose="item bucket") % np.uint64(buckets)
+    return torch.from_numpy(keys.astype(np.int32))
 
 
 class Encoded:

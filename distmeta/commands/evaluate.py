@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _here(config: Config, run: Location, place: Location, workers: str) -> Config:
     """The run's config with where things lie now and --workers as given; UserError for a wrong number of them."""
-    given = {**dataclasses.asdict(config.train), "run": str(run), "workers": workers}
+    given = {**dataclasses.asdict(config.train), "run": str(run), "workers": workers, "floors": True}
     train = build(TrainOptions, given, "evaluate", flags=True)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, data=str(place)), train=train)
 
@@ -173,6 +173,8 @@ def terminal_table(found: Mapping[str, Any]) -> str:
         cells = [[name, *map(_number, (*test["mse"], test["t"], test["p"]))] for name, test in tests.items()]
         lines += ["", *_aligned([heads, *cells])]
     against, lead = list(found["paired"]), leading(found["cohorts"]["all"])
+    if not against:
+        return "\n".join(lines)
     rows = [[f"{_TOLD[lead]} minus that of", *against]]
     for cohort in found["cohorts"]:
         intervals = [found["paired"][floor].get(cohort, {}).get(lead) for floor in against]

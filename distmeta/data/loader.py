@@ -14,6 +14,7 @@ from distmeta import draws
 from distmeta.data import pools
 from distmeta.data.collate import Collator, Tasks
 from distmeta.data.encode import Encoded, encode_all, read_items
+from distmeta.data.epochs import Epochs
 from distmeta.data.pools import Pool
 from distmeta.data.prefetch import ahead
 from distmeta.data.scenarios import ScenarioCollator, Scenarios
@@ -95,8 +96,8 @@ class Loader:
     A split within `memory` is read once and kept as flat arrays. A larger one is streamed in every epoch, pool
     by pool (data/pools.py): each pool is ordered as above, the next one is read while one is used, and a batch
     may take the last tasks of one pool and the first of the next.
-    Of scenarios an epoch is `draws` passes over the split, each in an order and with episodes of its own; the batches'
-    `epoch` counts the passes.
+    Of scenarios a pass is `draws` passes over the split, each in an order and with episodes of its own; the batches'
+    `epoch` counts these.
 
     Args:
         redraw: draw the episodes of tasks without a fixed query anew each epoch; else always as in epoch 0.
@@ -104,6 +105,9 @@ class Loader:
         memory: bytes that the tasks may take in one worker while they are read and used; None: no bound.
         episodes: of validation or test scenarios, draw an epoch of so many episodes each, as of training ones, from
             what the users took whose lists are ranked.
+        epoch_tasks: tasks that a training epoch has at most (data/epochs.py); 0: all.
+        most: take only so many of the split's tasks, the same ones for every seed and number of workers, and keep
+            them in memory; 0: all.
 
     Raises:
         UserError: a part is missing or damaged, there are more workers than shards, or `memory` is too small.
@@ -124,6 +128,8 @@ class Loader:
         prefetch: int = 2,
         memory: int | None = None,
         episodes: int = 0,
+        epoch_tasks: int = 0,
+        most: int = 0,
     ) -> None:
         if world > table.shards:
             raise UserError(f"{table.location}: {world} workers for {table.shards} shards; use fewer workers")
@@ -131,22 +137,26 @@ class Loader:
         self.batch_size, self.seed, self.redraw, self.prefetch = batch_size, seed, redraw, prefetch
         self.wait_seconds = 0.0
         """Time that the consumer has waited for batches, over all iterators."""
-        sizes = table.sizes(split)
+        full = table.sizes(split)
+        sizes = _dealt(full, most) if most else full
         self.n_tasks = sum(sizes)
         """Tasks of all workers."""
         self._pass = -(-self.n_tasks // batch_size)
         self.draws, self._asked = episodes or table.draws, bool(episodes)
         self.steps = self.draws * self._pass
-        """Batches of an epoch, the same number for every worker and epoch."""
+        """Batches of a whole pass, the same number for every worker and pass."""
+        self.epochs = Epochs.of(self.draws * self.n_tasks, self.steps, batch_size, epoch_tasks)
         self._shards = [v for v in range(table.shards) if v % world == rank and sizes[v]]
         self._columns = [*COLUMNS, *(["user"] if table.scenarios else [f.name for f in dataset.user_fields])]
         self._users: dict[str, Encoded] = {}
         if table.scenarios and dataset.user_fields:
             self._users = encode_all(dataset.user_fields, table.users(dataset), table.location)
         count = table.counts.get(split, {"tasks": 0, "rows": 0})
-        if memory is None or pools.estimate(count["tasks"], count["rows"], dataset, table.scenarios) <= memory:
+        some = sizes != full
+        if some or memory is None or pools.estimate(count["tasks"], count["rows"], dataset, table.scenarios) <= memory:
             self._plan = pools.whole(sizes)
-            self._kept = self._tasks(table.read(split, self._shards, self._columns), self._plan.pools()[0])
+            tables = self._some(sizes, memory) if some else table.read(split, self._shards, self._columns)
+            self._kept = self._tasks(tables, self._plan.pools()[0])
         else:
             groups = table.groups(split)
             self._plan = pools.plan(split, groups, dataset, memory, table.location, table.scenarios)
@@ -159,17 +169,19 @@ class Loader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[TaskBatch]:
         """The batches of training epoch `epoch` from batch `start` on. Close the iterator to end it early."""
-        return self._waited(self._passes(epoch, start))
+        number, first, end = self.epochs.at(epoch)
+        return self._waited(self._passes(number, first + start, end))
 
     def evaluation(self) -> Iterator[TaskBatch]:
         """Every task once with all its rows, in stored order and roles; a drawn query is that of epoch 0.
 
         Of a training scenario: the episode of epoch 0.
         """
-        return self._waited(self._batches(None, 0, self.table.episode_rows if self.table.scenarios else 0))
+        rows = self.table.episode_rows if self.table.scenarios else 0
+        return self._waited(self._batches(None, 0, self._pass, rows))
 
     def tasks(self) -> pl.DataFrame:
-        """This worker's tasks: columns task, cohort."""
+        """This worker's tasks of the split: columns task, cohort."""
         tables = self.table.read(self.split, self._shards, ["task", "cohort"])
         whole = pa.concat_tables(tables) if tables else _schema(self.dataset, ["task", "cohort"]).empty_table()
         return to_polars(whole)
@@ -186,27 +198,25 @@ class Loader:
                     return
                 yield batch
 
-    def _passes(self, epoch: int, start: int) -> Generator[TaskBatch]:
-        """The batches of an epoch from `start` on."""
-        first, within = divmod(start, max(self._pass, 1))
-        for number in range(first, self.draws):
-            with contextlib.closing(
-                self._batches(epoch * self.draws + number, within, self.table.episode_rows)
-            ) as batches:
+    def _passes(self, number: int, start: int, end: int) -> Generator[TaskBatch]:
+        """The batches from `start` to `end` of a pass, which is `draws` passes over the split."""
+        size, rows = max(self._pass, 1), self.table.episode_rows
+        for draw in range(start // size, -(-end // size)):
+            within = max(start - draw * size, 0), min(end - draw * size, size)
+            with contextlib.closing(self._batches(number * self.draws + draw, *within, rows)) as batches:
                 yield from batches
-            within = 0
 
-    def _batches(self, epoch: int | None, start: int, episode_rows: int) -> Generator[TaskBatch]:
-        """Batches from `start` on of an epoch, or of an evaluation (None)."""
-        order = self._plan.pools(self.seed, epoch)
-        order = [pool for pool in order if pool.end > start * self.batch_size]
+    def _batches(self, epoch: int | None, start: int, end: int, episode_rows: int) -> Generator[TaskBatch]:
+        """Batches from `start` to `end` of a pass over the split, or of an evaluation (None)."""
+        order, size = self._plan.pools(self.seed, epoch), self.batch_size
+        order = [pool for pool in order if pool.end > start * size and pool.start < end * size]
         rest: list[AnyTasks] = []
         with contextlib.closing(self._loaded(order)) as loaded:
             for pool, tasks in zip(order, loaded, strict=True):
-                yield from self._of_pool(pool, tasks, rest, epoch, start, episode_rows)
+                yield from self._of_pool(pool, tasks, rest, epoch, range(start, end), episode_rows)
 
     def _of_pool(
-        self, pool: Pool, tasks: AnyTasks, rest: list[AnyTasks], epoch: int | None, start: int, episode_rows: int
+        self, pool: Pool, tasks: AnyTasks, rest: list[AnyTasks], epoch: int | None, wanted: range, episode_rows: int
     ) -> Generator[TaskBatch]:
         """The batches that end in this pool. `rest`: of the batch under way, what each pool so far gave."""
         size, positions = self.batch_size, pool.positions(self._shards)
@@ -216,7 +226,7 @@ class Loader:
             chosen = np.lexsort((draws.hashed(self.seed, epoch, tasks.task, purpose="order"), shard))
         dealt = np.argsort(positions)
         chosen, positions = chosen[dealt], positions[dealt]
-        steps = range(max(start, pool.start // size), -(-pool.end // size))
+        steps = range(max(wanted.start, pool.start // size), min(wanted.stop, -(-pool.end // size)))
         cuts = np.searchsorted(positions, np.arange(steps.start, steps.stop + 1) * size)
         collator = self._collator(tasks, episode_rows)
         for step, a, b in zip(steps, cuts[:-1], cuts[1:], strict=True):
@@ -229,6 +239,26 @@ class Loader:
                 joined = type(tasks).join(rest)  # type: ignore[arg-type]  # all of one kind
                 rest.clear()
                 yield self._collator(joined, episode_rows).batch(np.arange(len(joined)), epoch or 0)
+
+    def _some(self, sizes: Sequence[int], memory: int | None) -> list[pa.Table]:
+        """Of each of this worker's shards the tasks with the `sizes[v]` lowest hashes, a row group read at a time.
+
+        Raises:
+            UserError: those of all workers would not fit into `memory`.
+        """
+        count, share = self.table.counts[self.split], self.n_tasks / sum(self.table.sizes(self.split))
+        need = pools.estimate(self.n_tasks, round(share * count["rows"]), self.dataset, self.table.scenarios)
+        if memory is not None and need > memory:
+            raise UserError(
+                f"{self.table.location}: {self.n_tasks:,} of its {self.split} tasks take {-(-need // pools.MB)} MB,"
+                f" more than --memory-mb {memory // pools.MB}; take fewer, or give --memory-mb {-(-need // pools.MB)}"
+            )
+        groups = self.table.groups(self.split)
+        wanted = [(v, [g]) for v in self._shards for g in range(len(groups[v]))]
+        found: dict[int, pa.Table] = {}
+        for (v, _), tasks in zip(wanted, self.table.stream(self.split, wanted, self._columns), strict=True):
+            found[v] = _lowest(pa.concat_tables([found[v], tasks]) if v in found else tasks, sizes[v])
+        return list(found.values())
 
     def _loaded(self, order: Sequence[Pool]) -> Generator[AnyTasks]:
         """This worker's tasks of each pool; one pool is read ahead."""
@@ -261,6 +291,18 @@ class Loader:
             query = int(self.table.query_rows)
             return ScenarioCollator(tasks, self.dataset, self._users, query, episode_rows, self.seed, self.redraw)
         return Collator(tasks, self.dataset.items, self.table.query_rows, episode_rows, self.seed, self.redraw)
+
+
+def _dealt(sizes: Sequence[int], most: int) -> list[int]:
+    """Tasks of each shard where `most` of all are dealt round-robin over the shards."""
+    there = np.arange(max(sizes, default=0))[:, None] < np.array(sizes)
+    return (there & (np.cumsum(there.ravel()).reshape(there.shape) <= most)).sum(0).tolist()
+
+
+def _lowest(tasks: pa.Table, count: int) -> pa.Table:
+    """The `count` tasks whose ids have the lowest hashes, in the order in which they stand."""
+    keys = draws.hashed(tasks["task"].to_numpy(), purpose="some tasks")
+    return tasks.take(pa.array(np.sort(np.argsort(keys, kind="stable")[:count])))
 
 
 def _schema(dataset: Dataset, columns: Sequence[str], scenarios: bool = False) -> pa.Schema:

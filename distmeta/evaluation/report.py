@@ -205,7 +205,7 @@ def _error_figures(evaluation: Mapping[str, Any]) -> Iterable[str]:
     yield figure(
         charts.bars(mae, method),
         "Error by cohort",
-        "Mean absolute error, averaged over users, of the method and of the floors on the same tasks."
+        f"Mean absolute error, averaged over users, of the method{' and the floors on the same tasks' * bool(others)}."
         + (" Cohorts other than “all” are of query rows, and average over rows." if _by_row(evaluation) else ""),
     )
     paired = {c: {f: evaluation["paired"][f][c]["mae"] for f in others} for c in cohorts}

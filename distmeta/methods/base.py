@@ -134,13 +134,22 @@ def fit_closed_form(
     Raises:
         UserError: there is no training rating at all.
     """
+    for sweep in range(method.sweeps):  # at most one sweep's totals at a time: of millions of items they are gigabytes
+        method.solve(_totals(method, batches(sweep), sweep, reduce or (lambda sums: sums)), sweep)
+
+
+def _totals(
+    method: Method,
+    batches: Iterable[TaskBatch],
+    sweep: int,
+    reduce: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """A sweep's statistics summed over all tasks, dense."""
     device = next(method.buffers()).device
     nothing = TaskBatch(items=torch.zeros(0, dtype=torch.int64, device=device), blocks=())
-    for sweep in range(method.sweeps):
-        # The sums of no tasks say which names and shapes there are. Statistics may be sparse, totals are
-        # dense.
-        total = {name: value.to_dense() for name, value in method.statistics(nothing, sweep).items()}
-        for batch in batches(sweep):
-            for name, value in method.statistics(batch.to(device), sweep).items():
-                total[name] += value
-        method.solve(reduce(total) if reduce else total, sweep)
+    # the sums of no tasks say which names and shapes there are
+    total = {name: value.to_dense() for name, value in method.statistics(nothing, sweep).items()}
+    for batch in batches:
+        for name, value in method.statistics(batch.to(device), sweep).items():
+            total[name] += value
+    return reduce(total)

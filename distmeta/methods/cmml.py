@@ -62,7 +62,9 @@ class CMML(Method):
         self.head = chosen(dataset, o.query_loss)
         self.ranking = self.head if o.query_loss == "cross-entropy" else RANKING
         vectors = o.pretrained_width if o.pretrained != "none" else 0
-        self.embedding = Embedding(dataset, items, o.embedding, o.item_ids, o.user_ids, o.embedding_std, vectors)
+        self.embedding = Embedding(
+            dataset, items, o.embedding, o.item_ids, o.user_ids, o.embedding_std, vectors, o.id_buckets
+        )
         self.prepares = bool(vectors)
         for table in self._vectors():
             table.requires_grad_(not o.pretrained_frozen)

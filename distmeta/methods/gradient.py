@@ -30,7 +30,7 @@ class GradientMethod(Method):
     def __init__(self, options: Any, dataset: Dataset, items: dict[str, Bag]) -> None:
         super().__init__(options, dataset, items)
         self.head = head(dataset, options.query_loss)
-        self.embedding = Embedding(dataset, items, options.embedding, options.item_ids)
+        self.embedding = Embedding(dataset, items, options.embedding, options.item_ids, id_buckets=options.id_buckets)
         self.decision = self.output_layers()
         with torch.no_grad():
             self.decision.output_bias.fill_(self.head.start)

@@ -61,6 +61,11 @@ class Network:
     hidden: tuple[int, ...] = option((64, 64), "Widths of the decision MLP's hidden layers.", least=1)
     wide: bool = option(False, "Add a linear path from the features to the output, adapted like the other layers.")
     item_ids: bool = option(False, "Use the item's id as a feature too; the papers use content alone.")
+    id_buckets: int = option(
+        0,
+        "Use it hashed to one of N embeddings, for more items than embeddings of their own would fit; 0: not hashed.",
+        least=0,
+    )
     form: str = option(
         "auto", "Fast weights: auto by cost, dual pairs or private matrices.", ("auto", "dual", "private")
     )
@@ -219,6 +224,11 @@ class CMML:
     embedding: int = option(32, "Width of a field's embedding.", least=1)
     embedding_std: float = option(0.1, "Standard deviation that the embeddings start with.", above=0)
     item_ids: bool = option(False, "Use the item's id as a feature too; the papers use content alone.")
+    id_buckets: int = option(
+        0,
+        "Use it hashed to one of N embeddings, for more items than embeddings of their own would fit; 0: not hashed.",
+        least=0,
+    )
     user_ids: bool = option(False, "Scenarios: use the user's id as a feature too.")
     pretrained: str = option(
         "none",

@@ -25,7 +25,7 @@ class Assessment:
     """Of the checkpoint that was measured: the one with the lowest validation error."""
     method: Measured
     floors: dict[str, Measured]
-    """By name; on worker 0 all of them."""
+    """By name; on worker 0 all of them. None with --no-floors."""
 
 
 def assess(
@@ -52,8 +52,9 @@ def assess(
     with numerics(config.train.threads, device_of(config.train)):
         method = _restored(config, run, best, dataset, dataset_location)
         measured = evaluation.evaluate(method, table, dataset, e, memory)
-        names = FLOORS[dataset.label.kind]
-        floors = evaluation.floors(table, dataset, dataset_location, names, e, memory)
+        floors: dict[str, Measured] = {}
+        if config.train.floors:
+            floors = evaluation.floors(table, dataset, dataset_location, FLOORS[dataset.label.kind], e, memory)
     return Assessment(step, measured, floors)
 
 

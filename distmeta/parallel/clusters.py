@@ -51,7 +51,8 @@ def survey_of(
 class Survey:
     """Assignments of the training tasks of all workers at the last survey, and how often they stood still.
 
-    Every worker calls `after` at the end of each epoch, and all come to the same.
+    Every worker calls `after` at the end of each epoch, and all come to the same. Where epochs are parts of a pass
+    (--epoch-tasks) `tasks` are as many as a part has, always the same ones.
     """
 
     def __init__(

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from distmeta.data.epochs import Epochs
 from distmeta.errors import UserError
 from distmeta.parallel.checkpoint import Checkpoint
 from distmeta.parallel.progress import clock, number
@@ -64,16 +65,16 @@ def of_checkpoint(found: Checkpoint) -> Standing:
 
 @dataclass(frozen=True)
 class Words:
-    """What the screen says of a run of `epochs` epochs of `steps` updates, learned by gradient or solved."""
+    """What the screen says of a run of `epochs` epochs cut as `cut` says, learned by gradient or solved."""
 
     epochs: int
-    steps: int
+    cut: Epochs
     learned: bool
 
     def within(self, at: Standing, epoch: int, batch: int, learning: float) -> str:
         """How far an epoch is; `learning`: its seconds so far but for validation."""
         return (
-            f"epoch {epoch + 1}/{self.epochs}  {batch:,}/{self.steps:,} updates"
+            f"epoch {epoch + 1}/{self.epochs}  {batch:,}/{self.cut.steps(epoch):,} updates"
             f"  train {number(at.loss / max(at.tasks, 1))}  {self._speed(at, learning)}"
             f"  ETA {clock(self._eta(at, epoch, batch))}"
         )
@@ -85,11 +86,11 @@ class Words:
         if row["train_loss"] is not None:
             parts.append(f"train {number(row['train_loss'])}")
         if row["valid_mae"] is not None:
-            at_epoch = (at.best_step or 0) // max(self.steps, 1)
+            at_epoch = self.cut.ended(at.best_step or 0)
             best = f" (best {number(at.best or 0.0)} at {at_epoch})" if self.learned else ""
             parts.append(f"valid mae {number(row['valid_mae'])}{best}")
         if "valid_recall@10" in row:
-            at_epoch = (at.best_step or 0) // max(self.steps, 1)
+            at_epoch = self.cut.ended(at.best_step or 0)
             best = f" (best {number(1 - (at.best or 0.0))} at {at_epoch})" if self.learned else ""
             parts.append(f"valid recall@10 {number(row['valid_recall@10'])}{best}")
         parts.append(self._speed(at, learning))
@@ -105,6 +106,6 @@ class Words:
 
     def _eta(self, at: Standing, epoch: int, batch: int) -> float:
         """Seconds until --epochs are done at the mean speed so far."""
-        done = epoch + batch / max(self.steps, 1)
+        done = self.cut.before(epoch) + batch
         spent = at.seconds + sum(at.phases.values())
-        return spent / done * (self.epochs - done) if done else 0.0
+        return spent / done * (self.cut.before(self.epochs) - done) if done else 0.0

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from distmeta.config import Config
+from distmeta.config import Config, TrainOptions
 from distmeta.data.loader import Loader, read_items
 from distmeta.data.schema import Dataset, Label
 from distmeta.data.tasktable import TaskTable
@@ -90,12 +90,7 @@ def train(
         items = read_items(dataset_location, dataset)
         method = build_method(config, dataset, items, device, exchange)
         o = config.train
-        shared: dict[str, Any] = {"seed": o.seed, "rank": exchange.rank, "world": exchange.world}
-        shared["memory"] = o.memory_mb << 20
-        drawn = dataclasses.replace(table, query_rows=o.query_rows or table.query_rows)
-        tasks = Loader(drawn, dataset, "train", o.batch_size, redraw=o.redraw_query, **shared)
-        at_once = lists.BATCH if table.scenarios else o.batch_size
-        valid = Loader(table, dataset, "valid", at_once, redraw=False, **shared)
+        tasks, surveyed, valid = _loaders(o, table, dataset, exchange, method.groups > 1)
         for loader in (tasks, valid):
             if loader.note and exchange.rank == 0:
                 log(loader.note)
@@ -106,14 +101,31 @@ def train(
         warm = getattr(config.method_options, "warm_epochs", 0)
         if method.groups > 1 and o.epochs <= warm and exchange.rank == 0:
             log(f"--epochs {o.epochs}: the clusters part after --warm-epochs {warm}, so all tasks stay with one")
+        if method.sweeps and o.epoch_tasks and exchange.rank == 0:
+            log(f"--epoch-tasks {o.epoch_tasks}: {method.name} is solved from all training tasks, in sweeps")
         training = _Training(
-            config, run, method, tasks, valid, table.split_hash, exchange, log, dataset.label, device, fence
+            config, run, method, tasks, surveyed, valid, table.split_hash, exchange, log, dataset.label, device, fence
         )
         try:
             training.prepare(table, dataset)
             return training.solve() if method.sweeps else training.learn()
         finally:
             training.keeper.writing.wait()
+
+
+def _loaders(
+    o: TrainOptions, table: TaskTable, dataset: Dataset, exchange: Exchange, clusters: bool
+) -> tuple[Loader, Loader, Loader]:
+    """This worker's tasks to train on, those whose clusters are surveyed after each epoch, and those to validate on."""
+    shared: dict[str, Any] = {"seed": o.seed, "rank": exchange.rank, "world": exchange.world}
+    shared["memory"] = o.memory_mb << 20
+    drawn = dataclasses.replace(table, query_rows=o.query_rows or table.query_rows)
+    given = {**shared, "redraw": o.redraw_query, "epoch_tasks": o.epoch_tasks}
+    tasks = surveyed = Loader(drawn, dataset, "train", o.batch_size, **given)
+    if clusters and tasks.epochs.parts > 1:
+        surveyed = Loader(drawn, dataset, "train", o.batch_size, most=o.epoch_tasks, **shared)
+    at_once = lists.BATCH if table.scenarios else o.batch_size
+    return tasks, surveyed, Loader(table, dataset, "valid", at_once, redraw=False, most=o.valid_tasks, **shared)
 
 
 class _Training:
@@ -125,6 +137,7 @@ class _Training:
         run: Location,
         method: Method,
         tasks: Loader,
+        surveyed: Loader,
         valid: Loader,
         split_hash: str,
         exchange: Exchange,
@@ -144,11 +157,11 @@ class _Training:
         self.keeper = Keeper(config, run, split_hash, exchange, self.fence)
         self._begin(Standing())
         self.history: list[dict[str, Any]] = []
-        self.update = None if method.sweeps else MetaUpdate(method, self.options, exchange, tasks.steps)
-        self.words = Words(self.options.epochs, tasks.steps, self.update is not None)
+        self.update = None if method.sweeps else MetaUpdate(method, self.options, exchange, tasks.epochs.mean)
+        self.words = Words(self.options.epochs, tasks.epochs, self.update is not None)
         self.stateful: dict[str, Stateful] = dict(method.shared)
         """What a checkpoint carries besides parameters and moments, by name."""
-        self.survey = survey_of(method, self.update, tasks, exchange, device)
+        self.survey = survey_of(method, self.update, surveyed, exchange, device)
         if self.survey:
             self.stateful["clusters"] = self.survey
         self._restore()
@@ -203,7 +216,7 @@ class _Training:
 
     def _train_epoch(self, update: MetaUpdate) -> None:
         """Go on from batch `self.batch` of epoch `self.epoch` to its end."""
-        state, every = self.progress, self.options.checkpoint_steps
+        state, every, steps = self.progress, self.options.checkpoint_steps, self.tasks.epochs.steps(self.epoch)
         self.method.train()
         waited = self.tasks.wait_seconds - state.wait
         epoch = cast("Generator[TaskBatch]", self.tasks.epoch(self.epoch, start=self.batch))
@@ -218,13 +231,13 @@ class _Training:
                 self._meta_update(update, batch)
                 self.batch += 1
                 self.step += 1
-                if every and self.step % every == 0 and self.batch < self.tasks.steps:
+                if every and self.step % every == 0 and self.batch < steps:
                     self._save()
                 self.times.step()
                 self.screen.within(self._within)
-        if self.batch != self.tasks.steps:
+        if self.batch != steps:
             raise RunError(
-                f"{self.run}: epoch {self.epoch + 1} gave {self.batch} batches, not {self.tasks.steps};"
+                f"{self.run}: epoch {self.epoch + 1} gave {self.batch} batches, not {steps};"
                 " the task table changed while it was read; start a new run"
             )
 

@@ -106,7 +106,7 @@ class MetaUpdate:
     together.
     """
 
-    def __init__(self, method: Method, options: TrainOptions, exchange: Exchange, steps: int) -> None:
+    def __init__(self, method: Method, options: TrainOptions, exchange: Exchange, steps: float) -> None:
         """`steps`: meta-updates an epoch (the step size's cosine spans epochs · steps)."""
         self.method, self.options, self.exchange = method, options, exchange
         self.horizon = options.epochs * steps

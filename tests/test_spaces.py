@@ -39,7 +39,7 @@ def test_first_trials_lie_in_the_space(method):
     space = spaces.space(method)
     defaults = train.parse([method, "--data", "somewhere"])
     flat = {**dataclasses.asdict(defaults.train), **dataclasses.asdict(defaults.method_options)}
-    plain = {p.name: _text(flat[p.name]) for p in space.parameters} | space.defaults
+    plain = {p.name: _text(flat[p.name]) for p in space.parameters} | dict(space.defaults)
     for first in (spaces.First("defaults", {}), *space.first):
         values = {**plain, **first.values}
         assert set(first.values) <= set(plain), f"{first.source}: unknown parameter"

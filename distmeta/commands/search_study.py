@@ -76,7 +76,9 @@ def suggest(trial: optuna.Trial, space: spaces.Space) -> dict[str, spaces.Value]
             values[p.name] = trial.suggest_int(p.name, p.low, p.high, log=p.log)
         else:
             assert isinstance(p, spaces.Choice)
-            values[p.name] = trial.suggest_categorical(p.name, p.values)
+            chosen = trial.suggest_categorical(p.name, p.values)
+            assert chosen is not None
+            values[p.name] = chosen
     return values
 
 

@@ -226,38 +226,45 @@ def _searcher(study: optuna.Study, found: Tally, ask: Callable[[optuna.Trial], t
     class Journalled(OptunaSearch):
         """OptunaSearch on a study that is there, and whose trials end as what they were: complete, pruned, failed."""
 
+        def __init__(self) -> None:
+            super().__init__(metric=OBJECTIVE, mode="min")
+            self._told: dict[str, set[int]] = {}
+            """Epochs that were reported; a process that takes a trial over reports all again."""
+
+        def set_search_properties(self, *args: Any, **kwargs: Any) -> bool:
+            return True  # there is a study: OptunaSearch need make none
+
         def suggest(self, trial_id: str) -> dict[str, Any]:
-            trial = self._ot_trials.setdefault(trial_id, None) or study.ask()
-            self._ot_trials[trial_id] = trial
+            trial = self._ot_trials[trial_id] = study.ask()
             run, config = ask(trial)
             trial.set_user_attr("run", run)
             return {"run": run, "config": config}
 
         def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-            trial = self._ot_trials[trial_id]
-            frozen = study._storage.get_trial(trial._trial_id)
-            if "over" not in result and "failure" not in result and result["epoch"] not in frozen.intermediate_values:
-                trial.report(result[OBJECTIVE], result["epoch"])
+            told = self._told.setdefault(trial_id, set())
+            if math.isfinite(result[OBJECTIVE]) and result["epoch"] not in told:
+                told.add(result["epoch"])
+                self._ot_trials[trial_id].report(result[OBJECTIVE], result["epoch"])
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
             if trial_id in self._completed_trials or found.hopeless:
                 return  # of those that end with a hopeless search nothing is said: --resume would go on with them
-            self._completed_trials.add(trial_id)
             state, value, failure = _ending(result, error, found.plan.epochs)
             trial = self._ot_trials[trial_id]
+            if result:  # that with which ASHA stops a trial comes here alone
+                self.on_trial_result(trial_id, result)
             if result and "seconds" in result:
                 trial.set_user_attr("seconds", result["seconds"])
             if failure:
                 trial.set_user_attr("failure", failure)
-            study.tell(trial, value if state == TrialState.COMPLETE else None, state=state)
+            study.tell(trial, value, state=state)
+            self._completed_trials.add(trial_id)
             _count(found, state, value, trial.user_attrs["run"], failure)
 
         def save(self, checkpoint_path: str) -> None:
             """Nothing: the study is in its journal."""
 
-    searcher = Journalled(space=lambda trial: None, metric=OBJECTIVE, mode="min", storage=study._storage,
-                          study_name=study.study_name, sampler=study.sampler)  # fmt: skip
-    return searcher
+    return Journalled()
 
 
 def _ending(result: dict[str, Any] | None, error: bool, epochs: int) -> tuple[TrialState, float | None, str]:

@@ -200,6 +200,7 @@ def _search(asked: argparse.Namespace, out: Location, plans: dict[str, _Space]) 
     for method in asked.methods:
         if table.scenarios and not entry(method).scenarios:
             raise UserError(f"{method} learns users and the tasks of {table.protocol} are scenarios; leave it out")
+    winners: list[Location] = []
     with trials.connected(asked.threads, asked.gpu, asked.wait):
         for method, plan in plans.items():
             study = search_study.opened(out, method, asked.sampler, asked.seed, plan.first())
@@ -220,7 +221,9 @@ def _search(asked: argparse.Namespace, out: Location, plans: dict[str, _Space]) 
             finally:
                 search_study.write_trials(study, where)
             best = search_study.write_best(study, where)
-            print(
-                f"{method}: best validation error {best.value:.4f}; {where / 'best.yaml'}, {where / 'trials.parquet'}"
-            )
+            print(f"{method}: best validation error {best.value:.4f}; {where / 'best.yaml'}")
+            winners.append(where / best.user_attrs["run"])
+    (out / ".ray").remove()
+    for run in winners:  # trained to its end: what is left of it is the test, which no other trial sees
+        train.main(["--run", str(run), "--resume"])
     return 0

@@ -2,6 +2,8 @@
 
 import io
 import os
+import warnings
+from dataclasses import replace
 
 import optuna
 import polars as pl
@@ -9,8 +11,10 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from distmeta import config as config_module
 from distmeta.errors import RunError
 from distmeta.parallel import rundir
+from distmeta.parallel.trials import counted
 from distmeta.storage import Location
 from tune import spaces
 
@@ -34,7 +38,9 @@ def opened(
     # of the same seed a later launch would draw what the first one drew
     drawn = seed + 1_000_003 * len(study.trials)
     if sampler == "tpe":
-        study.sampler = optuna.samplers.TPESampler(seed=drawn, constant_liar=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of constant_liar
+            study.sampler = optuna.samplers.TPESampler(seed=drawn, constant_liar=True)
     else:
         study.sampler = optuna.samplers.RandomSampler(seed=drawn)
     for source, values in first:
@@ -84,7 +90,7 @@ def suggest(trial: optuna.Trial, space: spaces.Space) -> dict[str, spaces.Value]
 
 def write_trials(study: optuna.Study, where: Location) -> None:
     """WHERE/trials.parquet: a row for each trial that ended, its parameters in columns of their own."""
-    rows = [_row(t) for t in study.trials if t.state.is_finished() and "continued" not in t.user_attrs]
+    rows = [_row(t) for t in study.trials if counted(t)]
     names = sorted({name for row in rows for name in row})
     frame = pl.DataFrame({name: pl.Series([row.get(name) for row in rows], strict=False) for name in names})
     buffer = io.BytesIO()
@@ -116,9 +122,8 @@ def write_best(study: optuna.Study, where: Location) -> FrozenTrial:
     if not study.get_trials(states=(TrialState.COMPLETE,)):
         raise RunError(f"{where}: no trial was completed; see the column `failure` of {where / 'trials.parquet'}")
     best = study.best_trial
-    text = (where / best.user_attrs["run"] / "config.yaml").read_bytes().decode()
-    lines = [line for line in text.splitlines() if not line.startswith("  run: ")]
-    head = f"# trial {best.number} of study {study.study_name}, validation error {best.value:.6g}"
-    (where / "best.yaml").write_bytes("\n".join([head, *lines, ""]).encode())
-    rundir.stored(where / best.user_attrs["run"])
+    config = rundir.stored(where / best.user_attrs["run"])
+    text = config_module.to_yaml(replace(config, train=replace(config.train, run="")))
+    head = f"# trial {best.number} of study {study.study_name}, validation error {best.value:.6g}\n"
+    (where / "best.yaml").write_bytes((head + text).encode())
     return best

@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +22,7 @@ from distmeta import process
 from distmeta.data.schema import Dataset
 from distmeta.data.tasktable import TaskTable
 from distmeta.errors import RunError, UserError
-from distmeta.parallel import cluster
+from distmeta.parallel import cluster, rundir
 from distmeta.parallel.progress import Progress, clock, number
 from distmeta.storage import Location
 
@@ -74,6 +73,8 @@ class Tally:
     began: float = field(default_factory=time.monotonic)
     before: int = 0
     """Trials that had ended when this launch began."""
+    closed: bool = False
+    """The search was given up: what becomes of its trials from here on is no result."""
 
     @property
     def ended(self) -> int:
@@ -165,7 +166,10 @@ def search(
     )
     # of results that it did not write itself it complains, and of arguments that it takes from the trial
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    cluster.interruptible(tuner.fit)
+    try:
+        cluster.interruptible(tuner.fit)
+    finally:
+        found.closed = True  # Ctrl-C ends the wait, not the thread, which would take the lost processes for failures
     return _checked(found)
 
 
@@ -247,8 +251,8 @@ def _searcher(study: optuna.Study, found: Tally, ask: Callable[[optuna.Trial], t
                 self._ot_trials[trial_id].report(result[OBJECTIVE], result["epoch"])
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-            if trial_id in self._completed_trials or found.hopeless:
-                return  # of those that end with a hopeless search nothing is said: --resume would go on with them
+            if trial_id in self._completed_trials or found.hopeless or found.closed:
+                return  # what ends with the search has no result: --resume goes on with it
             state, value, failure = _ending(result, error, found.plan.epochs)
             trial = self._ot_trials[trial_id]
             if result:  # that with which ASHA stops a trial comes here alone
@@ -337,8 +341,6 @@ def _train(asked: dict[str, Any], place: str, report: Callable[[dict[str, Any]],
     run = Location.of(config.train.run)
     table, dataset = _opened(place, config.data.data)
     _settle(config.train.threads)
-    run.make_dir()
-    (run / "config.yaml").write_bytes(config_module.to_yaml(config).encode())
     told = 0
 
     def tell(rows: list[dict[str, Any]]) -> None:
@@ -349,11 +351,10 @@ def _train(asked: dict[str, Any], place: str, report: Callable[[dict[str, Any]],
             report({OBJECTIVE: error, "epoch": rows[n]["epoch"], "seconds": seconds})
         told = len(rows)
 
-    with (run / "log.txt").fs.open_append_stream((run / "log.txt").path) if run.is_local else _nowhere() as lines:
-        done = trainer.train(
-            config, run, dataset, Location.of(config.data.data), table,
-            log=lambda line: lines.write(f"{line}\n".encode()), report=tell,
-        )  # fmt: skip
+    run.make_dir()
+    with _log(run) as log, rundir.lock(run, log):  # a process of a search that was killed may live for a moment
+        (run / "config.yaml").write_bytes(config_module.to_yaml(config).encode())
+        done = trainer.train(config, run, dataset, Location.of(config.data.data), table, log=log, report=tell)
     if done.best_mae is None:
         raise UserError(
             f"{place}: no validation tasks to judge trials by; choose another --protocol or a larger dataset"
@@ -381,9 +382,11 @@ def _settle(threads: int) -> None:
 
 
 @contextlib.contextmanager
-def _nowhere() -> Iterator[Any]:
-    with open(os.devnull, "wb") as f:
-        yield f
+def _log(run: Location) -> Iterator[Callable[[str], None]]:
+    """Appends lines to RUN/log.txt."""
+    with open((run / "log.txt").path, "a") as f:
 
+        def say(line: str) -> None:
+            print(line, file=f, flush=True)
 
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        yield say

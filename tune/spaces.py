@@ -177,7 +177,7 @@ SPACES: dict[str, Space] = {
     "metacs": Space((*_MAML, *_RATES), (_MELU,)),
     "metasgd": Space(
         (*_MAML, Choice("tuned", ("decision", "all"))),
-        (First("paper 001, Table 2: Meta-SGD takes one inner step", _ONE_STEP),),
+        (First("paper 001, its baseline: one inner step", _ONE_STEP),),
     ),
     "hml": Space(
         (

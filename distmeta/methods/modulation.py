@@ -7,6 +7,7 @@ The activation of the backbone's layers is the (leaky) ReLU and comes after the 
 Shape letters: b tasks, R rows, d inputs, h units of a layer, k layers, m modules.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -49,7 +50,7 @@ class Hyper(nn.Module):
         return found
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """What the four share: `slope` of the leaky ReLU, and the layers of an MLP."""
 
     def __init__(self, d: int, options: Any, start: float) -> None:
@@ -66,9 +67,9 @@ class Backbone(nn.Module):
         deep = self.output(x, hybrid)
         return deep if self.wide is None else deep + linear(self.wide, hybrid).squeeze(-1)
 
+    @abstractmethod
     def output(self, x: Features, hybrid: Features) -> Tensor:
         """`forward` without the wide path."""
-        raise NotImplementedError
 
     def act(self, z: Tensor) -> Tensor:
         return F.leaky_relu(z, self.slope) if self.slope else torch.relu(z)
@@ -112,9 +113,9 @@ class LayerModulation(Backbone):
         with torch.no_grad():
             self.last.bias.fill_(start)
 
+    @abstractmethod
     def change(self, values: Tensor, z: Tensor) -> Tensor:
         """The units z [b, R, h] under their values [b, R or 1, values · h]."""
-        raise NotImplementedError
 
     def output(self, x: Features, hybrid: Features) -> Tensor:
         changes = [lambda z, v=v: self.change(v, z) for v in self.hyper(hybrid)]

@@ -1,5 +1,7 @@
 """CMML's tables (paper 002): users (Table 3), scenarios (2, 4, 5 and their five-seed versions 6 to 9), our switches."""
 
+from functools import partial
+
 from distmeta.evaluation.papertables.table import FLOOR_NOTE, Column, Ours, PaperTable, Section
 
 _USERS = tuple(
@@ -148,17 +150,30 @@ _NOTES = (
     " wider. The paired differences are free of that; their intervals resample whole scenarios, few as they are.",
     "ItemPop ranks by how often the support took an item; ours ranks ties by the mean of their places."
     " train-popularity, which the paper has not, ranks by how many users took it in any training scenario: a test"
-    " scenario shares items with those, and is then no cold start for its items.",
+    " scenario shares items with those, and is then no cold start for its items. It shares what users took of them too:"
+    " training episodes may hold pairs that a list asks about, which --scenario-apart keeps out of them.",
     "Backbone, encoder and hypernetwork have the sizes of the paper's §7.2.1 (--sizes scenario). Embeddings of"
     " users and items are made beforehand by collaborative filtering, as the paper's (here by the project's ALS, from"
     " training scenarios' positives of which no list asks), 128 wide, and stay; those of fields are learned.",
 )
 _ONE_SEED = "Where a number was printed twice, the later table is of five seeds, and the paper's own correction: "
 
-CMML_2 = PaperTable(
+_scenarios = partial(
+    PaperTable,
+    protocol="cmml-scenario",
+    flags=_FLAGS,
+    digits=2,
+    floors=_FLOORS,
+    judged=tuple(_FLOORS.values()),
+    seeds=5,
+    confidence=True,
+    percent=True,
+)
+"""A table of scenarios."""
+
+CMML_2 = _scenarios(
     name="cmml-2",
     title="CMML, Tables 2 and 6 to 8: scenarios",
-    protocol="cmml-scenario",
     columns=(),
     sections=(
         Section(
@@ -217,19 +232,11 @@ CMML_2 = PaperTable(
         "CoNet on Taobao is copied from s²Meta's paper. DCN, DCN-F, CoNet and s²Meta: the paper's numbers alone; ours"
         " join with a later issue.",
     ),
-    flags=_FLAGS,
-    digits=2,
-    floors=_FLOORS,
-    judged=tuple(_FLOORS.values()),
-    seeds=5,
-    confidence=True,
-    percent=True,
 )  # fmt: skip
 
-CMML_4 = PaperTable(
+CMML_4 = _scenarios(
     name="cmml-4",
     title="CMML, Tables 4 and 9: context encoder and hybrid generator",
-    protocol="cmml-scenario",
     columns=_columns("movielens-20m", _RECALL, "Table 4", "Table 9", _HERE),
     sections=(
         Section(
@@ -264,21 +271,13 @@ CMML_4 = PaperTable(
         _ONE_SEED + "PE's Recall@10 falls from 40.05 to 37.35 ± .57 and SE's from 44.30 to 41.24 ± .66. Table 9's"
         " SE-dot is Table 6's CMML-Linear, and Table 4's is Table 5's Linear.",
     ),
-    flags=_FLAGS,
-    digits=2,
-    floors=_FLOORS,
-    judged=tuple(_FLOORS.values()),
-    seeds=5,
-    confidence=True,
-    percent=True,
 )  # fmt: skip
 
 _MODULATIONS = {"Linear": "CMML-Linear", "S-LM": "CMML-Sigmoid", "F-LM": "CMML-FiLM", "Soft-M": "CMML-Soft-M"}
 
-CMML_5 = PaperTable(
+CMML_5 = _scenarios(
     name="cmml-5",
     title="CMML, Tables 5, 6 and 7: modulation networks",
-    protocol="cmml-scenario",
     columns=(),
     sections=(
         Section(
@@ -314,11 +313,4 @@ CMML_5 = PaperTable(
         *_NOTES,
         _ONE_SEED + "on Taobao F-LM was ahead of S-LM by 1.09 in Recall@20 and is behind it by .05.",
     ),
-    flags=_FLAGS,
-    digits=2,
-    floors=_FLOORS,
-    judged=tuple(_FLOORS.values()),
-    seeds=5,
-    confidence=True,
-    percent=True,
 )  # fmt: skip

@@ -5,7 +5,6 @@ A trial's checkpoint is its run directory, OUT/METHOD/NNNN: whichever process tr
 """
 
 import contextlib
-import functools
 import logging
 import math
 import os
@@ -17,18 +16,12 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from distmeta import config as config_module
-from distmeta import process
-from distmeta.data.schema import Dataset
-from distmeta.data.tasktable import TaskTable
-from distmeta.errors import RunError, UserError
-from distmeta.parallel import cluster, rundir
+from distmeta.errors import RunError
+from distmeta.parallel import cluster, trialrun
 from distmeta.parallel.progress import Progress, clock, number
+from distmeta.parallel.trialrun import OBJECTIVE
 from distmeta.storage import Location
 
-OBJECTIVE = "error"
-"""What trials are judged by: the lowest validation error so far, as training judges its checkpoints (MAE of ratings and
-clicks, 1 − Recall@10 of scenarios)."""
 _SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths stay what they are
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -146,7 +139,7 @@ def search(
     searcher, watch = _searcher(study, found, ask), _watch(found, log)
     resources = {"CPU": float(plan.threads), **({"GPU": 1.0} if plan.gpu else {})}
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(_trial, table=str(plan.table)), resources),
+        tune.with_resources(tune.with_parameters(trialrun.run, table=str(plan.table)), resources),
         tune_config=tune.TuneConfig(
             num_samples=plan.trials - found.ended,
             max_concurrent_trials=_at_once(resources),
@@ -315,78 +308,3 @@ def _watch(found: Tally, log: Callable[[str], None]) -> Any:
                 self.screen.within(lambda: found.text(running))
 
     return Watch()
-
-
-# ---- in the trial's process
-
-
-def _trial(asked: dict[str, Any], table: str) -> None:
-    """Train the run of a trial, from its newest checkpoint if there is one, and report each epoch.
-
-    What goes wrong is reported as `failure`, so that it is recorded with its reason and not tried again.
-    """
-    from ray import tune
-
-    try:
-        _train(asked, table, tune.report)
-    except Exception as e:
-        known = isinstance(e, UserError | RunError)
-        tune.report({"failure": str(e) if known else f"{type(e).__name__}: {e}", OBJECTIVE: math.inf, "epoch": 0})
-
-
-def _train(asked: dict[str, Any], place: str, report: Callable[[dict[str, Any]], Any]) -> None:
-    from distmeta.parallel import trainer
-
-    config = config_module.of_plain(asked["config"])
-    run = Location.of(config.train.run)
-    table, dataset = _opened(place, config.data.data)
-    _settle(config.train.threads)
-    told = 0
-
-    def tell(rows: list[dict[str, Any]]) -> None:
-        nonlocal told
-        for n in range(told, len(rows)):
-            seconds = sum(r["seconds"] for r in rows[: n + 1])
-            error = min(_error(r) for r in rows[: n + 1])
-            report({OBJECTIVE: error, "epoch": rows[n]["epoch"], "seconds": seconds})
-        told = len(rows)
-
-    run.make_dir()
-    with _log(run) as log, rundir.lock(run, log):  # a process of a search that was killed may live for a moment
-        (run / "config.yaml").write_bytes(config_module.to_yaml(config).encode())
-        done = trainer.train(config, run, dataset, Location.of(config.data.data), table, log=log, report=tell)
-    if done.best_mae is None:
-        raise UserError(
-            f"{place}: no validation tasks to judge trials by; choose another --protocol or a larger dataset"
-        )
-    report({OBJECTIVE: done.best_mae, "epoch": max(done.epochs, 1), "seconds": done.seconds, "over": done.ended})
-
-
-def _error(row: Mapping[str, Any]) -> float:
-    """What training judges a checkpoint by; inf where there is no validation."""
-    if row["valid_mae"] is not None:
-        return row["valid_mae"]
-    return 1 - row["valid_recall@10"] if "valid_recall@10" in row else math.inf
-
-
-@functools.lru_cache(maxsize=1)
-def _opened(table: str, dataset: str) -> tuple[TaskTable, Dataset]:
-    """A task table and its dataset, opened once a process."""
-    found = TaskTable.open(Location.of(table))
-    return found, found.seen(Dataset.open(Location.of(dataset)))
-
-
-@functools.lru_cache(maxsize=1)
-def _settle(threads: int) -> None:
-    process.prepare(threads)
-
-
-@contextlib.contextmanager
-def _log(run: Location) -> Iterator[Callable[[str], None]]:
-    """Appends lines to RUN/log.txt."""
-    with open((run / "log.txt").path, "a") as f:
-
-        def say(line: str) -> None:
-            print(line, file=f, flush=True)
-
-        yield say

@@ -1,0 +1,158 @@
+"""A search through Ray Tune: killed with -9 in the middle, it goes on, and ends in what `train` makes of its winner."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import polars as pl
+import pytest
+from nodes import Nodes, command
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial
+
+from distmeta import cli
+
+TRIALS, EPOCHS = 4, 24
+QUICK = ["--set", "melu:steps=1", "--set", "melu:batch-size=8", "--set", "melu:patience=0"]
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    """Two nodes of one CPU: room for two trials."""
+    made = Nodes()
+    yield made
+    made.close()
+
+
+@pytest.fixture(autouse=True)
+def _two_nodes(nodes: Nodes) -> None:
+    nodes.fill()
+
+
+def at_work(nodes: Nodes) -> list[int]:
+    """The processes that trials train in, oldest first."""
+    return nodes._processes(b"ray::ImplicitFunc")
+
+
+def studies(out: Path) -> dict[str, list[FrozenTrial]]:
+    """The trials of each method, read as Optuna's own tools read them."""
+    if not (out / "journal.log").exists():
+        return {}
+    try:
+        storage = JournalStorage(JournalFileBackend(str(out / "journal.log")))
+        return {s.study_name: storage.get_all_trials(s._study_id) for s in storage.get_all_studies()}
+    except (ValueError, KeyError):  # half a line, of a process at work
+        return {}
+
+
+def under_way(out: Path) -> FrozenTrial | None:
+    """A trial that has told a few epochs, once another has ended."""
+    trials = studies(out).get("melu", [])
+    running = [t for t in trials if not t.state.is_finished() and len(t.intermediate_values) > 2]
+    return running[0] if running and any(t.state.is_finished() for t in trials) else None
+
+
+def kill_in_the_middle(nodes: Nodes, argv: list[str], out: Path) -> FrozenTrial:
+    """Run a search in a process of its own until a trial is under way, and kill both; the trial as it was then."""
+    env = {**os.environ, "RAY_ADDRESS": nodes.cluster.address}
+    driver = subprocess.Popen([sys.executable, "-m", "tune.search", *argv], env=env, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 240
+        while not (found := under_way(out)):
+            assert driver.poll() is None, f"the search ended with {driver.returncode} before"
+            assert time.monotonic() < deadline, "waited too long"
+            time.sleep(0.02)
+        victims = at_work(nodes)
+        assert victims
+    finally:
+        driver.kill()
+        driver.wait()
+    for victim in victims:
+        os.kill(victim, signal.SIGKILL)
+    return found
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    file = run / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_killed_and_resumed(tmp_path, small, nodes, capfd):
+    out = tmp_path / "out"
+    argv = ["bias", "melu", "--data", str(small), "--trials", str(TRIALS), "--epochs", str(EPOCHS), *QUICK]
+    cut = kill_in_the_middle(nodes, [*argv, "--grace", "3", "--out", str(out)], out)
+    before = studies(out)
+    ended = {(m, t.number): t for m, trials in before.items() for t in trials if t.state.is_finished()}
+    logs = {key: (out / key[0] / t.user_attrs["run"] / "log.txt").read_bytes() for key, t in ended.items()}
+    assert len([key for key in ended if key[0] == "bias"]) == TRIALS
+
+    with command("search", "--out", str(out), "--resume") as search:
+        (victim, *_) = search.wait(lambda: [p for p in at_work(nodes) if under_way(out)])
+        os.kill(victim, signal.SIGKILL)  # of one trial: the search goes on, and so does the trial
+    said = capfd.readouterr()
+    assert search.status == 0, said.err
+    assert "its process was lost; another goes on in its place" in said.out
+    assert not said.err
+
+    after = studies(out)
+    for method in ("bias", "melu"):
+        assert [t.number for t in after[method]] == list(range(TRIALS))  # none lost, none made twice
+        assert all(t.state.is_finished() and not t.user_attrs.get("failure") for t in after[method])
+        assert sorted(r.name for r in (out / method).glob("0*")) == [f"{n:04d}" for n in range(TRIALS)]
+    for (method, number), trial in ended.items():
+        assert after[method][number] == trial
+        if not (out / method / trial.user_attrs["run"] / "run.json").exists():  # the winner was trained on
+            assert (out / method / trial.user_attrs["run"] / "log.txt").read_bytes() == logs[method, number]
+    log = (out / "melu" / cut.user_attrs["run"] / "log.txt").read_text()
+    assert int(re.findall(r"going on from step \d+ \(epoch (\d+)", log)[0]) >= len(cut.intermediate_values)
+    assert after["melu"][cut.number].intermediate_values.items() >= cut.intermediate_values.items()
+
+    for method in ("bias", "melu"):
+        check_winner(tmp_path, out, method)
+    assert not (out / ".ray").exists()
+
+
+def check_winner(tmp_path: Path, out: Path, method: str) -> None:
+    """It alone was evaluated on test, and `train --config best.yaml` comes to the same number, bit for bit."""
+    table = pl.read_parquet(out / method / "trials.parquet")
+    best = table.filter(pl.col("state") == "complete").sort("error", "number").row(0, named=True)
+    assert [f.parent.name for f in (out / method).glob("*/evaluation.json")] == [best["run"]]
+    words = ["train", "--config", str(out / method / "best.yaml"), "--run", str(tmp_path / method)]
+    assert cli.main(words) == 0
+    alone, searched = rows(tmp_path / method), rows(out / method / best["run"])
+    assert [r["valid_mae"] for r in alone] == [r["valid_mae"] for r in searched]
+    assert min(r["valid_mae"] for r in alone) == best["error"]
+
+
+def test_failing_trials(tmp_path, small, nodes, capfd, monkeypatch):
+    """Each is recorded with its reason; the search goes on, until more fail than may; no row is lost."""
+    out = tmp_path / "out"
+    argv = ["search", "melu", "--data", str(small), "--epochs", "2", "--seeds", "2", "--out", str(out), *QUICK]
+    argv += ["--set", "clip=0", "--set", "weight-decay=0"]
+    assert cli.main([*argv, "--trials", "2"]) == 0
+    table = pl.read_parquet(out / "melu/trials.parquet")
+    assert table["state"].to_list() == ["complete"] * 2
+    for run, error, deviation in table.select("run", "error", "deviation").iter_rows():
+        found = [min(r["valid_mae"] for r in rows(out / "melu" / f"{run}{seed}")) for seed in ("", "-seed1")]
+        assert error == pytest.approx(sum(found) / 2)
+        assert deviation == pytest.approx(abs(found[0] - found[1]) / 2**0.5)
+
+    argv = ["search", "melu", "--data", str(small), "--epochs", "2", "--trials", "4", *QUICK]
+    argv += ["--set", "lr=1e30", "--set", "clip=0", "--set", "weight-decay=0", "--out", str(tmp_path / "bad")]
+    capfd.readouterr()
+    assert cli.main([*argv, "--failures", "0.25"]) == 1
+    (sentence,) = [line for line in capfd.readouterr().err.splitlines() if line]
+    assert re.search(r"error: melu: 2 of 4 trials failed, more than --failures 0.25 allows; .*is not finite", sentence)
+    table = pl.read_parquet(tmp_path / "bad/melu/trials.parquet")
+    assert table["state"].to_list() == ["fail"] * 2
+    assert all("is not finite" in reason for reason in table["failure"])
+    optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import optuna
 import polars as pl
 import pytest
 from nodes import Nodes, command
@@ -21,8 +20,8 @@ from optuna.trial import FrozenTrial
 
 from distmeta import cli
 
-TRIALS, EPOCHS = 4, 24
-QUICK = ["--set", "melu:steps=1", "--set", "melu:batch-size=8", "--set", "melu:patience=0"]
+TRIALS, EPOCHS, GRACE = 4, 12, 4
+QUICK = ["--set", "melu:steps=1", "--set", "melu:batch-size=16", "--set", "melu:patience=0"]
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +54,9 @@ def studies(out: Path) -> dict[str, list[FrozenTrial]]:
 
 
 def under_way(out: Path) -> FrozenTrial | None:
-    """A trial that has told a few epochs, once another has ended."""
+    """A trial that has told of epochs, once another has ended."""
     trials = studies(out).get("melu", [])
-    running = [t for t in trials if not t.state.is_finished() and len(t.intermediate_values) > 2]
+    running = [t for t in trials if not t.state.is_finished() and len(t.intermediate_values) > 1]
     return running[0] if running and any(t.state.is_finished() for t in trials) else None
 
 
@@ -87,42 +86,40 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def test_killed_and_resumed(tmp_path, small, nodes, capfd):
+    """What has ended is not made again, what was interrupted goes on from its checkpoint, each in its place."""
     out = tmp_path / "out"
-    argv = ["bias", "melu", "--data", str(small), "--trials", str(TRIALS), "--epochs", str(EPOCHS), *QUICK]
-    cut = kill_in_the_middle(nodes, [*argv, "--grace", "3", "--out", str(out)], out)
-    before = studies(out)
-    ended = {(m, t.number): t for m, trials in before.items() for t in trials if t.state.is_finished()}
-    logs = {key: (out / key[0] / t.user_attrs["run"] / "log.txt").read_bytes() for key, t in ended.items()}
-    assert len([key for key in ended if key[0] == "bias"]) == TRIALS
+    argv = ["melu", "bias", "--data", str(small), "--trials", str(TRIALS), "--epochs", str(EPOCHS), "--seeds", "2"]
+    cut = kill_in_the_middle(nodes, [*argv, *QUICK, "--grace", str(GRACE), "--out", str(out)], out)
+    ended = [t for t in studies(out)["melu"] if t.state.is_finished()]
+    logs = {t.number: (out / f"melu/{t.number:04d}/log.txt").read_bytes() for t in ended}
 
     with command("search", "--out", str(out), "--resume") as search:
-        (victim, *_) = search.wait(lambda: [p for p in at_work(nodes) if under_way(out)])
-        os.kill(victim, signal.SIGKILL)  # of one trial: the search goes on, and so does the trial
+        search.wait(lambda: studies(out)["melu"][cut.number].intermediate_values != cut.intermediate_values)
+        os.kill(at_work(nodes)[0], signal.SIGKILL)  # of one trial: the search goes on, and so does the trial
     said = capfd.readouterr()
     assert search.status == 0, said.err
     assert "its process was lost; another goes on in its place" in said.out
     assert not said.err
 
-    after = studies(out)
-    for method in ("bias", "melu"):
-        assert [t.number for t in after[method]] == list(range(TRIALS))  # none lost, none made twice
-        assert all(t.state.is_finished() and not t.user_attrs.get("failure") for t in after[method])
-        assert sorted(r.name for r in (out / method).glob("0*")) == [f"{n:04d}" for n in range(TRIALS)]
-    for (method, number), trial in ended.items():
-        assert after[method][number] == trial
-        if not (out / method / trial.user_attrs["run"] / "run.json").exists():  # the winner was trained on
-            assert (out / method / trial.user_attrs["run"] / "log.txt").read_bytes() == logs[method, number]
-    log = (out / "melu" / cut.user_attrs["run"] / "log.txt").read_text()
+    for method in ("melu", "bias"):
+        trials = studies(out)[method]
+        assert [t.number for t in trials] == list(range(TRIALS))  # none lost, none made twice
+        assert all(t.state.is_finished() and not t.user_attrs.get("failure") for t in trials)
+        assert sorted(r.name for r in (out / method).glob("????")) == [f"{n:04d}" for n in range(TRIALS)]
+        winner = check_winner(tmp_path, out, method)
+        check_seeds(out, method)
+        if method == "melu":
+            assert [trials[t.number] for t in ended] == ended
+            assert trials[cut.number].intermediate_values.items() >= cut.intermediate_values.items()
+            logs.pop(winner, None)  # it was evaluated
+    assert logs == {n: (out / f"melu/{n:04d}/log.txt").read_bytes() for n in logs}
+    log = (out / f"melu/{cut.number:04d}/log.txt").read_text()
     assert int(re.findall(r"going on from step \d+ \(epoch (\d+)", log)[0]) >= len(cut.intermediate_values)
-    assert after["melu"][cut.number].intermediate_values.items() >= cut.intermediate_values.items()
-
-    for method in ("bias", "melu"):
-        check_winner(tmp_path, out, method)
     assert not (out / ".ray").exists()
 
 
-def check_winner(tmp_path: Path, out: Path, method: str) -> None:
-    """It alone was evaluated on test, and `train --config best.yaml` comes to the same number, bit for bit."""
+def check_winner(tmp_path: Path, out: Path, method: str) -> int:
+    """It alone was evaluated on test, and `train --config best.yaml` comes to the same, bit for bit. Gives its number."""
     table = pl.read_parquet(out / method / "trials.parquet")
     best = table.filter(pl.col("state") == "complete").sort("error", "number").row(0, named=True)
     assert [f.parent.name for f in (out / method).glob("*/evaluation.json")] == [best["run"]]
@@ -130,29 +127,31 @@ def check_winner(tmp_path: Path, out: Path, method: str) -> None:
     assert cli.main(words) == 0
     alone, searched = rows(tmp_path / method), rows(out / method / best["run"])
     assert [r["valid_mae"] for r in alone] == [r["valid_mae"] for r in searched]
-    assert min(r["valid_mae"] for r in alone) == best["error"]
+    return best["number"]
 
 
-def test_failing_trials(tmp_path, small, nodes, capfd, monkeypatch):
-    """Each is recorded with its reason; the search goes on, until more fail than may; no row is lost."""
-    out = tmp_path / "out"
-    argv = ["search", "melu", "--data", str(small), "--epochs", "2", "--seeds", "2", "--out", str(out), *QUICK]
-    argv += ["--set", "clip=0", "--set", "weight-decay=0"]
-    assert cli.main([*argv, "--trials", "2"]) == 0
-    table = pl.read_parquet(out / "melu/trials.parquet")
-    assert table["state"].to_list() == ["complete"] * 2
-    for run, error, deviation in table.select("run", "error", "deviation").iter_rows():
-        found = [min(r["valid_mae"] for r in rows(out / "melu" / f"{run}{seed}")) for seed in ("", "-seed1")]
+def check_seeds(out: Path, method: str) -> None:
+    """The value of a trial that was not stopped is the mean of its seeds; of others there is but one."""
+    table = pl.read_parquet(out / method / "trials.parquet")
+    for run, state, error, deviation in table.select("run", "state", "error", "deviation").iter_rows():
+        first, other = rows(out / method / run), rows(out / method / f"{run}-seed1")
+        if state == "pruned":
+            assert (bool(other), deviation, len(first)) == (False, None, GRACE)
+            continue
+        found = [min(r["valid_mae"] for r in told) for told in (first, other)]
         assert error == pytest.approx(sum(found) / 2)
         assert deviation == pytest.approx(abs(found[0] - found[1]) / 2**0.5)
 
-    argv = ["search", "melu", "--data", str(small), "--epochs", "2", "--trials", "4", *QUICK]
-    argv += ["--set", "lr=1e30", "--set", "clip=0", "--set", "weight-decay=0", "--out", str(tmp_path / "bad")]
-    capfd.readouterr()
-    assert cli.main([*argv, "--failures", "0.25"]) == 1
-    (sentence,) = [line for line in capfd.readouterr().err.splitlines() if line]
+
+def test_failing_trials(tmp_path, small, nodes, capfd):
+    """Each is recorded with its reason, and the search goes on until more fail than may."""
+    argv = ["search", "melu", "--data", str(small), "--epochs", "2", "--trials", "4", "--out", str(tmp_path / "out")]
+    argv += [*QUICK, "--set", "lr=1e30", "--set", "clip=0", "--set", "weight-decay=0", "--failures", "0.25"]
+    assert cli.main(argv) == 1
+    said = capfd.readouterr()
+    (sentence,) = [line for line in said.err.splitlines() if line]
     assert re.search(r"error: melu: 2 of 4 trials failed, more than --failures 0.25 allows; .*is not finite", sentence)
-    table = pl.read_parquet(tmp_path / "bad/melu/trials.parquet")
+    assert re.search(r"^melu  failed 0000: .*is not finite", said.out, re.MULTILINE)
+    table = pl.read_parquet(tmp_path / "out/melu/trials.parquet")
     assert table["state"].to_list() == ["fail"] * 2
     assert all("is not finite" in reason for reason in table["failure"])
-    optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -27,9 +27,11 @@ QUICK = ["--set", "melu:steps=1", "--set", "melu:batch-size=16", "--set", "melu:
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
     """Two nodes of one CPU: room for two trials."""
-    made = Nodes()
-    yield made
-    made.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # by default 15: beside other tests they would starve
+        made = Nodes()
+        yield made
+        made.close()
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +121,7 @@ def test_killed_and_resumed(tmp_path, small, nodes, capfd):
 
 
 def check_winner(tmp_path: Path, out: Path, method: str) -> int:
-    """It alone was evaluated on test, and `train --config best.yaml` comes to the same, bit for bit. Gives its number."""
+    """It alone was evaluated on test, and `train --config best.yaml` comes to the same, bit for bit. Its number."""
     table = pl.read_parquet(out / method / "trials.parquet")
     best = table.filter(pl.col("state") == "complete").sort("error", "number").row(0, named=True)
     assert [f.parent.name for f in (out / method).glob("*/evaluation.json")] == [best["run"]]

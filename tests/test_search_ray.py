@@ -56,9 +56,9 @@ def studies(out: Path) -> dict[str, list[FrozenTrial]]:
 
 
 def under_way(out: Path) -> FrozenTrial | None:
-    """A trial that has told of epochs, once another has ended."""
+    """A trial in the middle of its first seed, once another has ended."""
     trials = studies(out).get("melu", [])
-    running = [t for t in trials if not t.state.is_finished() and len(t.intermediate_values) > 1]
+    running = [t for t in trials if not t.state.is_finished() and 1 < len(t.intermediate_values) < EPOCHS]
     return running[0] if running and any(t.state.is_finished() for t in trials) else None
 
 

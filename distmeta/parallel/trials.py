@@ -15,11 +15,12 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from distmeta.errors import RunError
+from distmeta.errors import RunError, UserError
 from distmeta.parallel import cluster, trialrun
 from distmeta.parallel.progress import Progress
 from distmeta.parallel.tally import Launch, Tally, counted, tally
 from distmeta.parallel.trialrun import OBJECTIVE
+from distmeta.parallel.update import cores
 from distmeta.storage import Location
 
 _SETTINGS = {
@@ -124,9 +125,15 @@ def _checked(found: Tally) -> Tally:
     )
 
 
+def check_room(threads: int) -> None:
+    """UserError where trials are to run on this machine, and it is too small for one."""
+    if os.environ.get("RAY_ADDRESS", "") in ("", "local") and threads > cores():
+        raise UserError(f"search: --threads {threads}: this machine has {cores()} CPUs; use fewer, or set RAY_ADDRESS")
+
+
 @contextlib.contextmanager
 def connected(threads: int, gpu: bool, wait: int) -> Iterator[None]:
-    """Be connected to a cluster that has room for a trial."""
+    """Be connected to a cluster that has room for a trial; UserError where there is none."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     with cluster.connected(1, threads, gpu, wait):

@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "evaluate a run again and rewrite its report",
     "export": "a trained feed-forward method as one graph, to be served without this package",
     "benchmark": "measure this machine: adaptation, input",
+    "search": "tune methods on validation, with Ray Tune and Optuna",
     "reproduce": "a paper's tables and parameter studies: its rows and ours side by side",
 }
 

@@ -69,6 +69,7 @@ def train(
     log: Callable[[str], None] = print,
     *,
     fence: Callable[[], None] | None = None,
+    report: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> Outcome:
     """Train into RUN/checkpoints and RUN/metrics.jsonl, from the newest complete checkpoint if there is one.
 
@@ -79,6 +80,8 @@ def train(
     Args:
         fence: called by rank 0 before each checkpoint and before metrics are written; raises where these workers
             were replaced by others that write to the same run.
+        report: called on all workers after each epoch and its checkpoint, and at first where there are epochs
+            already, with the lines of RUN/metrics.jsonl so far.
 
     Raises:
         RunError: the loss or its gradient is not finite; the disk is full; what `fence` raises.
@@ -104,9 +107,23 @@ def train(
         if method.sweeps and o.epoch_tasks and exchange.rank == 0:
             log(f"--epoch-tasks {o.epoch_tasks}: {method.name} is solved from all training tasks, in sweeps")
         training = _Training(
-            config, run, method, tasks, surveyed, valid, table.split_hash, exchange, log, dataset.label, device, fence
+            config,
+            run,
+            method,
+            tasks,
+            surveyed,
+            valid,
+            table.split_hash,
+            exchange,
+            log,
+            dataset.label,
+            device,
+            fence,
+            report,
         )
         try:
+            if training.history:
+                training.report(training.history)
             training.prepare(table, dataset)
             return training.solve() if method.sweeps else training.learn()
         finally:
@@ -145,11 +162,13 @@ class _Training:
         label: Label,
         device: torch.device,
         fence: Callable[[], None] | None,
+        report: Callable[[list[dict[str, Any]]], None] | None,
     ) -> None:
         self.config, self.options, self.run = config, config.train, run
         self.method, self.tasks, self.valid, self.label = method, tasks, valid, label
         self.exchange, self.device = exchange, device
         self.driver, self.fence = exchange.rank == 0, fence or (lambda: None)
+        self.report = report or (lambda _: None)
         self.screen = Progress(log if self.driver else lambda _: None)
         self.step = self.epoch = self.batch = 0
         self.begun = False
@@ -283,6 +302,7 @@ class _Training:
         self._begin(state.next())
         self.epoch, self.batch = self.epoch + 1, 0
         self._save()
+        self.report(self.history)
 
     def _reading(self, batches: Iterable[TaskBatch]) -> Iterator[TaskBatch]:
         """The same batches; waiting for them counts as input."""

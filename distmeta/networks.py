@@ -73,6 +73,9 @@ class RowPlace:
 class Embedding(nn.Module):
     """The feature embedding block: one table a field, e wide, side by side (MeLU §3.1; multi-hot fields by their mean).
 
+    All embeddings of a model live here, and their rows are read here alone, of a batch once (adaptation/lookup.py), so
+    that tables of which a worker holds some rows need another `_lookup` and nothing else.
+
     Args:
         dataset: names and sizes of the fields.
         items: Bags of all items by field name.

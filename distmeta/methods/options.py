@@ -63,7 +63,7 @@ class Network:
     item_ids: bool = option(False, "Use the item's id as a feature too; the papers use content alone.")
     id_buckets: int = option(
         0,
-        "Use it hashed to one of N embeddings, for more items than embeddings of their own would fit; 0: not hashed.",
+        "Use the item's id hashed to one of N embeddings, where an embedding for each item would be too many; 0: no.",
         least=0,
     )
     form: str = option(
@@ -226,7 +226,7 @@ class CMML:
     item_ids: bool = option(False, "Use the item's id as a feature too; the papers use content alone.")
     id_buckets: int = option(
         0,
-        "Use it hashed to one of N embeddings, for more items than embeddings of their own would fit; 0: not hashed.",
+        "Use the item's id hashed to one of N embeddings, where an embedding for each item would be too many; 0: no.",
         least=0,
     )
     user_ids: bool = option(False, "Scenarios: use the user's id as a feature too.")

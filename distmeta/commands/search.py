@@ -191,6 +191,7 @@ def _search(asked: argparse.Namespace, out: Location, plans: dict[str, _Space]) 
     from distmeta.data import protocols, tasktable
     from distmeta.data.schema import Dataset
     from distmeta.parallel import trials
+    from distmeta.parallel.stored import Stored
 
     config = plans[asked.methods[0]].config({})
     place = Location.of(config.data.data) if config.data.data else train._small()
@@ -202,6 +203,7 @@ def _search(asked: argparse.Namespace, out: Location, plans: dict[str, _Space]) 
             raise UserError(f"{method} learns users and the tasks of {table.protocol} are scenarios; leave it out")
     winners: list[Location] = []
     with trials.connected(asked.threads, asked.gpu, asked.wait):
+        stored = trials.share(Stored.read(table, dataset, place, config.train.memory_mb << 20))
         for method, plan in plans.items():
             study = search_study.opened(out, method, asked.sampler, asked.seed, plan.first())
             where = (out / method).make_dir()
@@ -214,7 +216,7 @@ def _search(asked: argparse.Namespace, out: Location, plans: dict[str, _Space]) 
 
             wanted = trials.Plan(
                 method, asked.trials, asked.epochs, asked.failures, asked.pruning, asked.grace, asked.threads,
-                table.location, asked.gpu,
+                stored, asked.gpu,
             )  # fmt: skip
             try:
                 trials.search(study, wanted, ask, (out / ".ray").make_dir())

@@ -11,10 +11,9 @@ from typing import Any
 
 from distmeta import config as config_module
 from distmeta import process
-from distmeta.data.schema import Dataset
-from distmeta.data.tasktable import TaskTable
 from distmeta.errors import RunError, UserError
 from distmeta.parallel import rundir
+from distmeta.parallel.stored import Stored
 from distmeta.storage import Location
 
 OBJECTIVE = "error"
@@ -22,26 +21,29 @@ OBJECTIVE = "error"
 clicks, 1 − Recall@10 of scenarios)."""
 
 
-def run(asked: dict[str, Any], table: str) -> None:
+def run(asked: dict[str, Any], stored: Stored) -> None:
     """Train the run of a trial, from its newest checkpoint if there is one, and report each epoch.
 
     What goes wrong is reported as `failure`, so that it is recorded with its reason and not tried again.
+
+    Args:
+        asked: `run`, the name of its run, and `config`, the plain mapping of a Config.
+        stored: as it lies in the object store of this node.
     """
     from ray import tune
 
     try:
-        _train(asked, table, tune.report)
+        _train(asked, stored, tune.report)
     except Exception as e:
         known = isinstance(e, UserError | RunError)
         tune.report({"failure": str(e) if known else f"{type(e).__name__}: {e}", OBJECTIVE: math.inf, "epoch": 0})
 
 
-def _train(asked: dict[str, Any], place: str, report: Callable[[dict[str, Any]], Any]) -> None:
+def _train(asked: dict[str, Any], stored: Stored, report: Callable[[dict[str, Any]], Any]) -> None:
     from distmeta.parallel import trainer
 
     config = config_module.of_plain(asked["config"])
     run = Location.of(config.train.run)
-    table, dataset = _opened(place, config.data.data)
     _settle(config.train.threads)
     told = 0
 
@@ -56,10 +58,12 @@ def _train(asked: dict[str, Any], place: str, report: Callable[[dict[str, Any]],
     run.make_dir()
     with _log(run) as log, rundir.lock(run, log):  # a process of a search that was killed may live for a moment
         (run / "config.yaml").write_bytes(config_module.to_yaml(config).encode())
-        done = trainer.train(config, run, dataset, Location.of(config.data.data), table, log=log, report=tell)
+        done = trainer.train(
+            config, run, stored.dataset, stored.place, stored.table, log=log, report=tell, items=stored.items()
+        )
     if done.best_mae is None:
         raise UserError(
-            f"{place}: no validation tasks to judge trials by; choose another --protocol or a larger dataset"
+            f"{stored.table.location}: no validation tasks to judge trials by; choose another --protocol or a larger dataset"
         )
     report({OBJECTIVE: done.best_mae, "epoch": max(done.epochs, 1), "seconds": done.seconds, "over": done.ended})
 
@@ -69,13 +73,6 @@ def _error(row: Mapping[str, Any]) -> float:
     if row["valid_mae"] is not None:
         return row["valid_mae"]
     return 1 - row["valid_recall@10"] if "valid_recall@10" in row else math.inf
-
-
-@functools.lru_cache(maxsize=1)
-def _opened(table: str, dataset: str) -> tuple[TaskTable, Dataset]:
-    """A task table and its dataset, opened once a process."""
-    found = TaskTable.open(Location.of(table))
-    return found, found.seen(Dataset.open(Location.of(dataset)))
 
 
 @functools.lru_cache(maxsize=1)

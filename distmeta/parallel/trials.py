@@ -19,6 +19,7 @@ from optuna.trial import TrialState
 from distmeta.errors import RunError
 from distmeta.parallel import cluster, trialrun
 from distmeta.parallel.progress import Progress, clock, number
+from distmeta.parallel.stored import Stored
 from distmeta.parallel.trialrun import OBJECTIVE
 from distmeta.storage import Location
 
@@ -48,7 +49,8 @@ class Plan:
     """Epochs of every trial, before ASHA judges it."""
     threads: int
     """CPUs of a trial."""
-    table: Location
+    stored: Any
+    """What all trials have in common, as `share` gives it."""
     gpu: bool = False
 
 
@@ -139,7 +141,7 @@ def search(
     searcher, watch = _searcher(study, found, ask), _watch(found, log)
     resources = {"CPU": float(plan.threads), **({"GPU": 1.0} if plan.gpu else {})}
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(trialrun.run, table=str(plan.table)), resources),
+        tune.with_resources(tune.with_parameters(trialrun.run, stored=plan.stored), resources),
         tune_config=tune.TuneConfig(
             num_samples=plan.trials - found.ended,
             max_concurrent_trials=_at_once(resources),
@@ -184,6 +186,15 @@ def connected(threads: int, gpu: bool, wait: int) -> Iterator[None]:
         os.environ.setdefault(name, value)
     with cluster.connected(1, threads, gpu, wait):
         yield
+
+
+def share(stored: Stored, log: Callable[[str], None] = print) -> Any:
+    """Put what trials have in common into the cluster's object store; says what is too large for it."""
+    import ray
+
+    if stored.note:
+        log(stored.note)
+    return ray.put(stored)
 
 
 def _at_once(resources: Mapping[str, float]) -> int:

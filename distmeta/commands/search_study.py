@@ -1,77 +1,108 @@
-"""The Optuna study behind a search: its journal file, what to do with trials that were interrupted, and its tables."""
+"""The Optuna study behind a search: its journal file, made or gone on with, and the files that its trials come to."""
 
 import io
+import json
 import os
-import warnings
 from dataclasses import replace
+from typing import Any
 
 import optuna
 import polars as pl
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, TrialState
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial
 
 from distmeta import config as config_module
-from distmeta.errors import RunError
+from distmeta.commands.search_samplers import sampler
+from distmeta.errors import RunError, UserError
 from distmeta.parallel import rundir
-from distmeta.parallel.trials import counted
+from distmeta.parallel.tally import counted, lowest
 from distmeta.storage import Location
 from tune import spaces
 
 
 def opened(
-    out: Location, method: str, sampler: str, seed: int, first: list[tuple[str, dict[str, spaces.Value]]]
+    out: Location,
+    method: str,
+    proposes: str,
+    seed: int,
+    first: list[tuple[str, dict[str, spaces.Value]]],
+    *,
+    pareto: bool = False,
+    tasks: str = "",
 ) -> optuna.Study:
     """The study of METHOD in OUT/journal.log, made where there is none, ready to be asked.
 
-    Trials that nobody works on any more are asked for again, with the same run directory, before any new one. The
-    caller is the only process at work on the journal.
+    Its trials that nobody works on any more are still running: the search begins with them. The caller is the only
+    process at work on the journal.
 
     Args:
+        proposes: name of the sampler.
         first: source and values of the trials to begin with.
+        pareto: whether training seconds are a second objective.
+        tasks: hash of the tasks that trials learn, the same in all launches.
+
+    Raises:
+        UserError: the journal is damaged, or of other tasks.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     path = (out / "journal.log").path
-    _whole_lines(path)
-    storage = JournalStorage(JournalFileBackend(path))
-    study = optuna.create_study(storage=storage, study_name=method, direction="minimize", load_if_exists=True)
-    # of the same seed a later launch would draw what the first one drew
-    drawn = seed + 1_000_003 * len(study.trials)
-    if sampler == "tpe":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of constant_liar
-            study.sampler = optuna.samplers.TPESampler(seed=drawn, constant_liar=True)
-    else:
-        study.sampler = optuna.samplers.RandomSampler(seed=drawn)
+    _mend(path)
+    directions = [StudyDirection.MINIMIZE] * (1 + pareto)
+    try:
+        storage = JournalStorage(JournalFileBackend(path))
+        study = optuna.create_study(storage=storage, study_name=method, directions=directions, load_if_exists=True)
+        trials = study.trials
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path}: is damaged ({e or type(e).__name__}); start a new search") from e
+    if study.user_attrs.get("tasks", tasks) != tasks:
+        raise UserError(f"{out}: was started with other tasks: the dataset has changed since; start a new search")
+    study.set_user_attr("tasks", tasks)
+    study.sampler = sampler(proposes, seed, seed + 1_000_003 * len(trials))
     for source, values in first:
         study.enqueue_trial(values, user_attrs={"source": source}, skip_if_exists=True)
-    _take_up(study)
     return study
 
 
-def _whole_lines(path: str) -> None:
-    """Cut off what a kill left of a line: what is appended next would become a part of it."""
+def _mend(path: str) -> None:
+    """Take away what a kill left: half a line, to which the next would be appended, and the lock of writing it.
+
+    Raises:
+        UserError: a line but the last is not JSON.
+    """
+    lock = f"{path}.lock"
+    if os.path.lexists(lock):
+        os.unlink(lock)
     if not os.path.exists(path):
         return
+    kept = 0
     with open(path, "rb+") as f:
-        f.seek(max(0, f.seek(0, os.SEEK_END) - (1 << 20)))
-        begin, tail = f.tell(), f.read()
-        if tail and not tail.endswith(b"\n"):
-            f.truncate(begin + tail.rfind(b"\n") + 1)
-
-
-def _take_up(study: optuna.Study) -> None:
-    waiting = {t.user_attrs.get("run") for t in study.get_trials(states=(TrialState.WAITING,))}
-    for trial in study.get_trials(states=(TrialState.RUNNING,)):
-        run = trial.user_attrs.get("run") or f"{trial.number:04d}"
-        if run not in waiting:
-            study.enqueue_trial(trial.params, user_attrs={**trial.user_attrs, "run": run})
-        study._storage.set_trial_user_attr(trial._trial_id, "continued", True)
-        study.tell(trial.number, state=TrialState.FAIL)
+        for n, line in enumerate(f, 1):
+            if not line.endswith(b"\n"):
+                f.truncate(kept)
+                break
+            kept += len(line)
+            try:
+                json.loads(line)
+            except ValueError:
+                raise UserError(f"{path}, line {n}: is damaged; start a new search") from None
 
 
 def suggest(trial: optuna.Trial, space: spaces.Space) -> dict[str, spaces.Value]:
-    """A value for each parameter of the space that there is something to choose of."""
+    """A value for each parameter of the space that there is something to choose of.
+
+    Raises:
+        UserError: an interrupted trial, or those before, are of another space.
+    """
+    try:
+        return _suggested(trial, space)
+    except ValueError as e:
+        name = trial.study.study_name
+        raise UserError(f"{name}: its trials are of another search space ({e}); start a new search") from e
+
+
+def _suggested(trial: optuna.Trial, space: spaces.Space) -> dict[str, spaces.Value]:
     values: dict[str, spaces.Value] = {}
     for p in space.parameters:
         if not p.active(values):
@@ -90,25 +121,27 @@ def suggest(trial: optuna.Trial, space: spaces.Space) -> dict[str, spaces.Value]
 
 def write_trials(study: optuna.Study, where: Location) -> None:
     """WHERE/trials.parquet: a row for each trial that ended, its parameters in columns of their own."""
-    rows = [_row(t) for t in study.trials if counted(t)]
-    names = sorted({name for row in rows for name in row})
+    front = {t.number for t in study.best_trials} if len(study.directions) > 1 else None
+    rows = [_row(t) | ({} if front is None else {"front": t.number in front}) for t in study.trials if counted(t)]
+    names = list(dict.fromkeys(name for row in rows for name in row))
     frame = pl.DataFrame({name: pl.Series([row.get(name) for row in rows], strict=False) for name in names})
     buffer = io.BytesIO()
     frame.write_parquet(buffer)
     (where / "trials.parquet").write_bytes(buffer.getvalue())
 
 
-def _row(trial: FrozenTrial) -> dict[str, spaces.Value | None]:
-    best = min(trial.intermediate_values.values(), default=None)
+def _row(trial: FrozenTrial) -> dict[str, Any]:
+    told, attrs = trial.intermediate_values, trial.user_attrs
     return {
         "number": trial.number,
-        "run": trial.user_attrs.get("run"),
-        "source": trial.user_attrs.get("source"),
+        "run": attrs.get("run"),
+        "source": attrs.get("source"),
         "state": trial.state.name.lower(),
-        "error": trial.value if trial.state == TrialState.COMPLETE else best,
-        "epochs": max(trial.intermediate_values, default=0),
-        "seconds": trial.user_attrs.get("seconds"),
-        "failure": trial.user_attrs.get("failure"),
+        "error": trial.values[0] if trial.values else told[max(told)] if told else None,
+        "deviation": attrs.get("deviation"),
+        "epochs": attrs.get("epochs", 0),
+        "seconds": attrs.get("seconds"),
+        "failure": attrs.get("failure"),
         **{f"param.{name}": value for name, value in trial.params.items()},
     }
 
@@ -116,14 +149,29 @@ def _row(trial: FrozenTrial) -> dict[str, spaces.Value | None]:
 def write_best(study: optuna.Study, where: Location) -> FrozenTrial:
     """WHERE/best.yaml for `train --config`: the config of the complete trial with the lowest error.
 
+    Of two objectives also WHERE/front/NNNN.yaml, for each trial that none is better than in both.
+
     Raises:
         RunError: no trial was completed.
     """
-    if not study.get_trials(states=(TrialState.COMPLETE,)):
+    best = lowest(study)
+    if best is None:
         raise RunError(f"{where}: no trial was completed; see the column `failure` of {where / 'trials.parquet'}")
-    best = study.best_trial
-    config = rundir.stored(where / best.user_attrs["run"])
-    text = config_module.to_yaml(replace(config, train=replace(config.train, run="")))
-    head = f"# trial {best.number} of study {study.study_name}, validation error {best.value:.6g}\n"
-    (where / "best.yaml").write_bytes((head + text).encode())
+    _write_config(study, best, where, where / "best.yaml")
+    if len(study.directions) > 1:
+        (where / "front").remove()
+        for trial in study.best_trials:
+            _write_config(study, trial, where, (where / "front").make_dir() / f"{trial.user_attrs['run']}.yaml")
     return best
+
+
+def _write_config(study: optuna.Study, trial: FrozenTrial, where: Location, file: Location) -> None:
+    config = rundir.stored(where / trial.user_attrs["run"])
+    text = config_module.to_yaml(replace(config, train=replace(config.train, run="")))
+    judged, seeds = study.user_attrs.get("metric", "error"), trial.user_attrs.get("errors", [])
+    head = f"# trial {trial.number} of study {study.study_name}, validation {judged} {trial.values[0]:.6g}"
+    if len(seeds) > 1:
+        head += f": mean of seeds {config.train.seed} to {config.train.seed + len(seeds) - 1}, of {seeds}"
+    if len(trial.values) > 1:
+        head += f", {trial.values[1]:.1f} s of training"
+    file.write_bytes(f"{head}\n{text}".encode())

@@ -17,6 +17,7 @@ from distmeta.storage import Location
 
 if TYPE_CHECKING:
     from distmeta.data.schema import Dataset
+    from distmeta.data.tasktable import TaskTable
 
 SMALL = "runs/data/synthetic-small"
 """Where the dataset of a run without --data lies."""
@@ -45,20 +46,37 @@ def main(argv: Sequence[str]) -> int:
     submitted.check("--run", config.train.run)
     submitted.check("--data", config.data.data)
     from distmeta import process
-    from distmeta.data import protocols, tasktable
-    from distmeta.data.schema import Dataset
 
     run = Location.of(config.train.run) if config.train.run else None
     if run and not config.train.resume:
         rundir.check_new(run)
-    place = Location.of(config.data.data) if config.data.data else _small()
+    place = Location.of(config.data.data) if config.data.data else small()
+    dataset, table = opened(config, place)
+    run = run or rundir.default(config.method, dataset.name)
+    config = _settled(config, run, place)
+    process.prepare(config.train.threads)
+    run.make_dir()
+    with rundir.lock(run):
+        if not config.train.resume:
+            rundir.check_new(run)
+        return _drive(config, run, place, dataset, table)
+
+
+def opened(config: Config, place: Location) -> tuple["Dataset", "TaskTable"]:
+    """The dataset at `place` as its tasks are seen, and the task table that `config` asks for, made on first use.
+
+    Raises:
+        UserError: there is none, or it is damaged; the method does not learn what it holds.
+    """
+    from distmeta.data import protocols, tasktable
+    from distmeta.data.schema import Dataset
+
     dataset = Dataset.open(place)
     if dataset.label.kind not in FLOORS:
         learned = " and ".join(FLOORS)
         raise UserError(
             f"{place}: its labels are of kind {dataset.label.kind}; the methods here learn {learned} labels"
         )
-    run = run or rundir.default(config.method, dataset.name)
     table = tasktable.make(place, config.data.protocol, config.data.split_seed, protocols.protocol_options(config.data))
     if table.scenarios and not entry(config.method).scenarios:
         raise UserError(
@@ -67,13 +85,7 @@ def main(argv: Sequence[str]) -> int:
         )
     dataset = table.seen(dataset)
     dataset.without(config.data.leave_out)  # names a field that it has not before there is a run
-    config = _settled(config, run, place)
-    process.prepare(config.train.threads)
-    run.make_dir()
-    with rundir.lock(run):
-        if not config.train.resume:
-            rundir.check_new(run)
-        return _drive(config, run, place, dataset, table)
+    return dataset, table
 
 
 def parse(argv: Sequence[str]) -> Config:
@@ -169,7 +181,7 @@ def _threads(workers: str) -> int:
     return 1 if os.environ.get("RAY_ADDRESS") else max(1, cores() // int(workers.split(":")[-1]))
 
 
-def _small() -> Location:
+def small() -> Location:
     """The small synthetic dataset, made where it does not exist yet."""
     from distmeta.data.sources import synthetic
 

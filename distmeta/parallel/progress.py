@@ -39,7 +39,11 @@ class Progress:
         now = time.monotonic()
         if now - self.last < self.every:
             return
-        self.last = now
+        self.now(text)
+
+    def now(self, text: Callable[[], str]) -> None:
+        """Say it at once."""
+        self.last = time.monotonic()
         line = text()
         if self.tty:
             self.stream.write("\r" + line.ljust(self.width))
@@ -50,9 +54,13 @@ class Progress:
 
     def line(self, text: str) -> None:
         """A line that stays; the rewritten one is wiped first."""
+        self.wipe()
+        self.log(text)
+        self.last = time.monotonic()
+
+    def wipe(self) -> None:
+        """Take the rewritten line away."""
         if self.width:
             self.stream.write("\r" + " " * self.width + "\r")
             self.stream.flush()
             self.width = 0
-        self.log(text)
-        self.last = time.monotonic()

@@ -68,9 +68,7 @@ class Stored:
         """
         splits = {name: table.counts[name] for name in SPLITS}
         kept = {
-            name: {
-                v: part for v, part in zip(_shards(table, name), table.read(name, None, _columns(table)), strict=True)
-            }
+            name: dict(zip(_shards(table, name), table.read(name, None, _columns(table)), strict=True))
             for name, n in splits.items()
             if pools.estimate(n["tasks"], n["rows"], dataset, table.scenarios) <= memory
         }

@@ -1,24 +1,31 @@
 """A search's trial, in its own process: trains the run of the trial and tells its validation error after every epoch.
 
-The checkpoint of a trial is its run directory: whichever process trains there goes on from it.
+The checkpoint of a trial is its run directory: whichever process trains there goes on from it. A trial of several seeds
+has a directory for each: NNNN, NNNN-seed1, ….
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
+import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from distmeta import config as config_module
 from distmeta import process
+from distmeta.config import Config
 from distmeta.errors import RunError, UserError
 from distmeta.parallel import rundir
 from distmeta.parallel.stored import Stored
+from distmeta.parallel.validation import read_metrics
 from distmeta.storage import Location
 
 OBJECTIVE = "error"
-"""What trials are judged by: the lowest validation error so far, as training judges its checkpoints (MAE of ratings and
-clicks, 1 − Recall@10 of scenarios)."""
+"""What trials are judged by: the metric asked for, or 1 − recall, of the checkpoint that training keeps as its best."""
+_LOCKED_S = 60.0
+"""Seconds for which the process of a search that was killed may still hold a run."""
 
 
 def run(asked: dict[str, Any], stored: Stored) -> None:
@@ -45,34 +52,82 @@ def _train(asked: dict[str, Any], stored: Stored, report: Callable[[dict[str, An
     config = config_module.of_plain(asked["config"])
     run = Location.of(config.train.run)
     _settle(config.train.threads)
-    told = 0
+    told, errors, seconds = 0, list[float](), 0.0
 
     def tell(rows: list[dict[str, Any]]) -> None:
         nonlocal told
         for n in range(told, len(rows)):
-            seconds = sum(r["seconds"] for r in rows[: n + 1])
-            error = min(_error(r) for r in rows[: n + 1])
-            report({OBJECTIVE: error, "epoch": rows[n]["epoch"], "seconds": seconds})
+            spent = sum(r["seconds"] for r in rows[: n + 1])
+            best = min(rows[: n + 1], key=_judged)
+            report({OBJECTIVE: _error(best, asked["metric"]), "epoch": rows[n]["epoch"], "seconds": spent})
         told = len(rows)
 
-    run.make_dir()
-    with _log(run) as log, rundir.lock(run, log):  # a process of a search that was killed may live for a moment
-        (run / "config.yaml").write_bytes(config_module.to_yaml(config).encode())
-        done = trainer.train(
-            config, run, stored.dataset, stored.place, stored.table, log=log, report=tell, items=stored.items()
-        )
-    if done.best_mae is None:
-        raise UserError(
-            f"{stored.table.location}: no validation tasks to judge trials by; choose another --protocol or a larger dataset"
-        )
-    report({OBJECTIVE: done.best_mae, "epoch": max(done.epochs, 1), "seconds": done.seconds, "over": done.ended})
+    for n in range(asked["seeds"]):  # after the first, one that was not stopped in it
+        seeded = _seeded(config, n)
+        run = Location.of(seeded.train.run).make_dir()
+        with _log(run) as log, _held(run, log):
+            (run / "config.yaml").write_bytes(config_module.to_yaml(seeded).encode())
+            done = trainer.train(
+                seeded,
+                run,
+                stored.dataset,
+                stored.place,
+                stored.table,
+                log=log,
+                report=tell if n == 0 else None,
+                items=stored.items(),
+            )
+        if done.best_mae is None:
+            raise UserError(
+                f"{stored.table.location}: no validation tasks to judge trials by; choose another --protocol or a larger"
+                " dataset"
+            )
+        kept = next(r for r in read_metrics(run) if r["step"] == done.best_step)
+        errors.append(_error(kept, asked["metric"]))
+        seconds += done.seconds
+    several = {"errors": errors, "deviation": statistics.stdev(errors)} if len(errors) > 1 else {}
+    report({OBJECTIVE: statistics.fmean(errors), "epoch": max(told, 1), "seconds": seconds, "over": True, **several})
 
 
-def _error(row: Mapping[str, Any]) -> float:
+def _seeded(config: Config, n: int) -> Config:
+    """The config of a trial's n-th seed: of the first, 0, its own."""
+    if not n:
+        return config
+    train = config.train
+    return dataclasses.replace(
+        config, train=dataclasses.replace(train, seed=train.seed + n, run=f"{train.run}-seed{n}")
+    )
+
+
+def _judged(row: Mapping[str, Any]) -> float:
     """What training judges a checkpoint by; inf where there is no validation."""
     if row["valid_mae"] is not None:
         return row["valid_mae"]
     return 1 - row["valid_recall@10"] if "valid_recall@10" in row else math.inf
+
+
+def _error(row: Mapping[str, Any], metric: str) -> float:
+    """A metric of an epoch's line, less is better; inf where there is no validation."""
+    value = row.get(f"valid_{metric}")
+    if value is None:
+        return math.inf
+    return 1 - value if metric.startswith("recall") else value
+
+
+@contextlib.contextmanager
+def _held(run: Location, log: Callable[[str], None]) -> Iterator[None]:
+    """The run's lock, waited for: a process of a search that was killed may live for a moment."""
+    until = time.monotonic() + _LOCKED_S
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(rundir.lock(run, log))
+                break
+            except UserError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.2)
+        yield
 
 
 @functools.lru_cache(maxsize=1)

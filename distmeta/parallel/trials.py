@@ -6,11 +6,10 @@ A trial's checkpoint is its run directory, OUT/METHOD/NNNN: whichever process tr
 
 import contextlib
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import optuna
@@ -18,8 +17,9 @@ from optuna.trial import TrialState
 
 from distmeta.errors import RunError
 from distmeta.parallel import cluster, trialrun
-from distmeta.parallel.progress import Progress, clock, number
+from distmeta.parallel.progress import Progress
 from distmeta.parallel.stored import Stored
+from distmeta.parallel.tally import Launch, Tally, counted, tally
 from distmeta.parallel.trialrun import OBJECTIVE
 from distmeta.storage import Location
 
@@ -28,8 +28,12 @@ _SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # of its own state, which is never read
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_MAX_PENDING_TRIALS_PG": "1000",  # the searcher itself proposes no more than there is room for
     "RAY_AIR_NEW_OUTPUT": "0",
 }
+
+_KEPT_S = 60.0
+"""Seconds after which a launch that is killed has at least told how long it lasts."""
 
 
 @dataclass(frozen=True)
@@ -52,69 +56,10 @@ class Plan:
     stored: Any
     """What all trials have in common, as `share` gives it."""
     gpu: bool = False
-
-
-@dataclass
-class Tally:
-    """How the trials of a study ended."""
-
-    plan: Plan
-    done: int = 0
-    pruned: int = 0
-    failed: int = 0
-    best: float = math.inf
-    best_run: str = ""
-    reasons: list[str] = field(default_factory=list)
-    began: float = field(default_factory=time.monotonic)
-    before: int = 0
-    """Trials that had ended when this launch began."""
-    closed: bool = False
-    """The search was given up: what becomes of its trials from here on is no result."""
-
-    @property
-    def ended(self) -> int:
-        return self.done + self.pruned + self.failed
-
-    @property
-    def hopeless(self) -> bool:
-        """Whether more have failed than may."""
-        return self.failed > self.plan.failures * self.plan.trials
-
-    def text(self, running: int) -> str:
-        """`melu  12/40  running 2  pruned 5  failed 0  best .741 (0007)  ETA 3:20`."""
-        best = f"  best {number(self.best)} ({self.best_run})" if self.best_run else ""
-        here = self.ended - self.before
-        left = (time.monotonic() - self.began) / here * (self.plan.trials - self.ended) if here else 0.0
-        eta = f"  ETA {clock(left)}" if here and self.ended < self.plan.trials else ""
-        return (
-            f"{self.plan.method}  {self.ended}/{self.plan.trials}  running {running}  pruned {self.pruned}"
-            f"  failed {self.failed}{best}{eta}"
-        )
-
-
-def counted(trial: optuna.trial.FrozenTrial) -> bool:
-    """Whether a trial is one of those asked for, and has ended; one that was interrupted is not."""
-    return trial.state.is_finished() and "continued" not in trial.user_attrs
-
-
-def tally(study: optuna.Study, plan: Plan) -> Tally:
-    """How the trials of a study have ended so far."""
-    found = Tally(plan)
-    for trial in filter(counted, study.trials):
-        value = trial.value if trial.state == TrialState.COMPLETE else None
-        _count(found, trial.state, value, trial.user_attrs.get("run", ""), trial.user_attrs.get("failure", ""))
-    found.before = found.ended
-    return found
-
-
-def _count(found: Tally, state: TrialState, value: float | None, run: str, failure: str) -> None:
-    found.done += state == TrialState.COMPLETE
-    found.pruned += state == TrialState.PRUNED
-    if state == TrialState.FAIL:
-        found.failed += 1
-        found.reasons.append(f"{run}: {failure}")
-    if value is not None and value < found.best:
-        found.best, found.best_run = value, run
+    metric: str = "mae"
+    """Of validation, that trials are judged by."""
+    seeds: int = 1
+    """Trainings of a trial that is not stopped in the first."""
 
 
 def search(
@@ -135,18 +80,20 @@ def search(
     """
     from ray import tune
 
-    found = tally(study, plan)
+    found = tally(study, plan.trials, plan.failures)
+    study.set_user_attr("metric", plan.metric)
     if found.ended >= plan.trials or found.hopeless:
         return _checked(found)
-    searcher, watch = _searcher(study, found, ask), _watch(found, log)
     resources = {"CPU": float(plan.threads), **({"GPU": 1.0} if plan.gpu else {})}
+    launch, room = Launch(study, _have("CPU")), lambda: _at_once(resources)
+    searcher = _searcher(study, plan, found, ask, room)
+    watch = _watch(found, launch, searcher.running, log)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(trialrun.run, stored=plan.stored), resources),
         tune_config=tune.TuneConfig(
             num_samples=plan.trials - found.ended,
-            max_concurrent_trials=_at_once(resources),
             search_alg=searcher,
-            scheduler=_scheduler(study, plan) if plan.pruning else None,
+            scheduler=_scheduler(study, plan, searcher),
             trial_dirname_creator=lambda trial: trial.trial_id,
             reuse_actors=True,  # torch and ray are imported once a process, not once a trial
         ),
@@ -165,6 +112,7 @@ def search(
         cluster.interruptible(tuner.fit)
     finally:
         found.closed = True  # Ctrl-C ends the wait, not the thread, which would take the lost processes for failures
+        launch.keep()
     return _checked(found)
 
 
@@ -172,9 +120,8 @@ def _checked(found: Tally) -> Tally:
     """The tally; RunError where more trials failed than may."""
     if not found.hopeless:
         return found
-    plan = found.plan
     raise RunError(
-        f"{plan.method}: {found.failed} of {plan.trials} trials failed, more than --failures {plan.failures:g} allows;"
+        f"{found.name}: {found.failed} of {found.trials} trials failed, more than --failures {found.failures:g} allows;"
         f" the last, {found.reasons[-1]}; mend that and start a new search"
     )
 
@@ -197,27 +144,43 @@ def share(stored: Stored, log: Callable[[str], None] = print) -> Any:
     return ray.put(stored)
 
 
-def _at_once(resources: Mapping[str, float]) -> int:
-    """Trials that the cluster has room for now; those asked for earlier than they can run would know less."""
+def _have(name: str) -> float:
     import ray
 
-    have = ray.cluster_resources()
-    return max(1, int(min(have.get(name, 0.0) // amount for name, amount in resources.items())))
+    return ray.cluster_resources().get(name, 0.0)
 
 
-def _scheduler(study: optuna.Study, plan: Plan) -> Any:
-    """ASHA over epochs, that knows what the trials before this launch reported."""
+def _at_once(resources: Mapping[str, float]) -> int:
+    """Trials that the cluster has room for now; those asked for earlier than they can run would know less."""
+    return max(1, int(min(_have(name) // amount for name, amount in resources.items())))
+
+
+def _scheduler(study: optuna.Study, plan: Plan, searcher: Any) -> Any:
+    """ASHA over epochs, that knows what trials reported before this launch; None where it would stop no trial.
+
+    Searcher: knows which Optuna trial is behind one of Tune's.
+    """
     from ray.tune.schedulers import ASHAScheduler
 
-    grace = min(plan.grace, plan.epochs)
-    # beyond the last epoch: there a trial ends by itself, and is complete
-    asha = ASHAScheduler(time_attr="epoch", metric=OBJECTIVE, mode="min", max_t=plan.epochs + 1, grace_period=grace)
-    for trial in study.trials:
-        if counted(trial):
-            told: Any = _Earlier(f"earlier-{trial.number}")
-            asha.on_trial_add(None, told)  # type: ignore[arg-type]
-            for epoch, error in sorted(trial.intermediate_values.items()):
-                asha.on_trial_result(None, told, {"epoch": epoch, OBJECTIVE: error})  # type: ignore[arg-type]
+    # at its end a trial has nothing left that to stop it would save, but for its other seeds
+    last = plan.epochs - (plan.seeds == 1)
+    if not plan.pruning or plan.grace > last:
+        return None
+
+    class Rungs(ASHAScheduler):
+        """ASHA; an interrupted trial reports all its epochs again, and was judged by them before."""
+
+        def tell(self, told: Any, curve: Mapping[int, float]) -> None:
+            super().on_trial_add(None, told)  # type: ignore[arg-type]
+            for epoch, error in sorted(curve.items()):
+                super().on_trial_result(None, told, {"epoch": epoch, OBJECTIVE: error})  # type: ignore[arg-type]
+
+        def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+            self.tell(trial, searcher.curve(trial.trial_id))
+
+    asha = Rungs("epoch", OBJECTIVE, "min", max_t=last, grace_period=plan.grace, stop_last_trials=False)
+    for trial in filter(counted, study.trials):
+        asha.tell(_Earlier(f"earlier-{trial.number}"), trial.intermediate_values)
     return asha
 
 
@@ -228,46 +191,82 @@ class _Earlier:
     trial_id: str
 
 
-def _searcher(study: optuna.Study, found: Tally, ask: Callable[[optuna.Trial], tuple[str, dict[str, Any]]]) -> Any:
+def _searcher(
+    study: optuna.Study,
+    plan: Plan,
+    found: Tally,
+    ask: Callable[[optuna.Trial], tuple[str, dict[str, Any]]],
+    room: Callable[[], int],
+) -> Any:
     from ray.tune.search.optuna import OptunaSearch
 
+    several = len(study.directions) > 1
+
     class Journalled(OptunaSearch):
-        """OptunaSearch on a study that is there, and whose trials end as what they were: complete, pruned, failed."""
+        """OptunaSearch on a study that is there, and whose trials end as what they were: complete, pruned, failed.
+
+        It begins with the trials that an earlier launch left running.
+        """
 
         def __init__(self) -> None:
             super().__init__(metric=OBJECTIVE, mode="min")
-            self._told: dict[str, set[int]] = {}
-            """Epochs that were reported; a process that takes a trial over reports all again."""
+            left = study.get_trials(states=(TrialState.RUNNING,))
+            self._left = [optuna.Trial(study, t._trial_id) for t in left]
+            self._live: dict[str, set[int]] = {}
+            """Trials at work, and the epochs they reported; a process that takes one over reports all again."""
 
         def set_search_properties(self, *args: Any, **kwargs: Any) -> bool:
             return True  # there is a study: OptunaSearch need make none
 
-        def suggest(self, trial_id: str) -> dict[str, Any]:
-            trial = self._ot_trials[trial_id] = study.ask()
+        def suggest(self, trial_id: str) -> dict[str, Any] | None:
+            if len(self._live) >= room():
+                return None  # for now
+            trial = self._left.pop(0) if self._left else study.ask()
             run, config = ask(trial)
-            trial.set_user_attr("run", run)
-            return {"run": run, "config": config}
+            before = trial.user_attrs
+            for name, value in (("run", run), ("began", time.time()), ("earlier", before.get("seconds", 0.0))):
+                trial.set_user_attr(name, value)
+            self._ot_trials[trial_id], self._live[trial_id] = trial, set(self.curve(trial_id, trial))
+            return {"run": run, "config": config, "metric": plan.metric, "seeds": plan.seeds}
+
+        def running(self) -> int:
+            return len(self._live)
+
+        def curve(self, trial_id: str, trial: Any = None) -> dict[int, float]:
+            """The epochs that a trial reported before."""
+            return study._storage.get_trial((trial or self._ot_trials[trial_id])._trial_id).intermediate_values
 
         def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-            told = self._told.setdefault(trial_id, set())
-            if math.isfinite(result[OBJECTIVE]) and result["epoch"] not in told:
-                told.add(result["epoch"])
-                self._ot_trials[trial_id].report(result[OBJECTIVE], result["epoch"])
+            told, epoch = self._live.get(trial_id, set()), result["epoch"]
+            if "failure" in result or epoch in told or found.closed:
+                return
+            told.add(epoch)
+            trial = self._ot_trials[trial_id]
+            if not several:  # of two objectives Optuna keeps no curves
+                trial.report(result[OBJECTIVE], epoch)
+            trial.set_user_attr("epochs", epoch)
+            trial.set_user_attr("seconds", result["seconds"])
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-            if trial_id in self._completed_trials or found.hopeless or found.closed:
+            if trial_id not in self._live or found.hopeless or found.closed:
                 return  # what ends with the search has no result: --resume goes on with it
-            state, value, failure = _ending(result, error, found.plan.epochs)
+            state, failure = _ending(result, error)
             trial = self._ot_trials[trial_id]
             if result:  # that with which ASHA stops a trial comes here alone
                 self.on_trial_result(trial_id, result)
-            if result and "seconds" in result:
-                trial.set_user_attr("seconds", result["seconds"])
+            del self._live[trial_id]
+            value = None
+            if state == TrialState.COMPLETE:
+                assert result
+                value = result[OBJECTIVE]
+                for name in ("seconds", "errors", "deviation"):
+                    if name in result:
+                        trial.set_user_attr(name, result[name])
             if failure:
                 trial.set_user_attr("failure", failure)
-            study.tell(trial, value, state=state)
-            self._completed_trials.add(trial_id)
-            _count(found, state, value, trial.user_attrs["run"], failure)
+            values = None if value is None else [value, result["seconds"]] if several and result else [value]
+            study.tell(trial, values, state=state)
+            found.count(state, value, trial.user_attrs["run"], failure)
 
         def save(self, checkpoint_path: str) -> None:
             """Nothing: the study is in its journal."""
@@ -275,15 +274,13 @@ def _searcher(study: optuna.Study, found: Tally, ask: Callable[[optuna.Trial], t
     return Journalled()
 
 
-def _ending(result: dict[str, Any] | None, error: bool, epochs: int) -> tuple[TrialState, float | None, str]:
-    """The state, value and failure of a trial whose last report was `result`."""
+def _ending(result: Mapping[str, Any] | None, error: bool) -> tuple[TrialState, str]:
+    """The state and failure of a trial whose last report was `result`."""
     if error or not result:
-        return TrialState.FAIL, None, "its process was lost (killed, or out of memory)"
+        return TrialState.FAIL, "its process was lost twice (killed, or out of memory)"
     if "failure" in result:
-        return TrialState.FAIL, None, result["failure"]
-    if "over" in result or result["epoch"] >= epochs:
-        return TrialState.COMPLETE, result[OBJECTIVE], ""
-    return TrialState.PRUNED, None, ""
+        return TrialState.FAIL, result["failure"]
+    return (TrialState.COMPLETE if "over" in result else TrialState.PRUNED), ""
 
 
 def _stopper(found: Tally) -> Any:
@@ -301,21 +298,31 @@ def _stopper(found: Tally) -> Any:
     return Hopeless()
 
 
-def _watch(found: Tally, log: Callable[[str], None]) -> Any:
+def _watch(found: Tally, launch: Launch, running: Callable[[], int], log: Callable[[str], None]) -> Any:
     from ray import tune
 
     class Watch(tune.Callback):
-        """The progress line: rewritten as trials report, and one that stays for each that ends."""
+        """The progress line: on a terminal rewritten in place, else one for each trial that ends; failures besides."""
 
         def __init__(self) -> None:
-            self.screen, self.ended = Progress(log), found.ended
+            self.screen, self.ended, self.failed = Progress(log), found.ended, found.failed
 
         def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-            running = sum(t.status == "RUNNING" for t in trials)
+            for reason in found.reasons[self.failed :]:
+                self.screen.line(f"{found.name}  failed {reason}")
+            self.failed = found.failed
             if found.ended > self.ended:
                 self.ended = found.ended
-                self.screen.line(found.text(running))
+                launch.keep()
+                self.screen.now(lambda: found.text(running()))
             else:
-                self.screen.within(lambda: found.text(running))
+                launch.keep(_KEPT_S)
+                self.screen.within(lambda: found.text(running()))
+
+        def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            self.screen.line(f"{found.name}  {trial.config['run']}: its process was lost; another goes on in its place")
+
+        def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+            self.screen.wipe()
 
     return Watch()

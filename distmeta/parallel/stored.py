@@ -5,6 +5,7 @@ Ray hands Arrow's buffers to a process as they lie in the store: all trials of a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
@@ -45,6 +46,16 @@ class StoredTable(TaskTable):
 
 
 @dataclass(frozen=True)
+class ForWorkers:
+    """What trials that train on workers of their own have in common besides."""
+
+    leash: Any
+    """Handle of the search's Leash."""
+    datasets: dict[str, Any]
+    """The splits as `delivery.materialise` gives them."""
+
+
+@dataclass(frozen=True)
 class Stored:
     """What all trials of a search have in common."""
 
@@ -55,6 +66,8 @@ class Stored:
     """Where the dataset lies."""
     fields: pa.Table
     """The items' fields."""
+    workers: "ForWorkers | None" = None
+    """What trials need that train on workers of their own."""
 
     @classmethod
     def read(cls, table: TaskTable, dataset: Dataset, place: Location, memory: int) -> "Stored":
@@ -75,15 +88,6 @@ class Stored:
         people = table.users(dataset) if table.scenarios and dataset.user_fields else None
         fields = read_side(place, dataset, "items", [f.name for f in dataset.item_fields])
         return cls(StoredTable(**vars(table), splits=kept, people=people), table.seen(dataset), place, fields)
-
-    @property
-    def note(self) -> str:
-        """What there is to say of splits that are not here; else nothing."""
-        kept = self.table.splits or {}
-        missing = [name for name in SPLITS if name not in kept]
-        if not missing:
-            return ""
-        return f"the {' and '.join(missing)} tasks are larger than --memory-mb: each trial streams them from the files"
 
     def items(self) -> dict[str, Bag]:
         """The items' fields as trainer.train takes them."""

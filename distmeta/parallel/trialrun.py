@@ -24,6 +24,8 @@ from distmeta.storage import Location
 
 OBJECTIVE = "error"
 """What trials are judged by: the metric asked for, or 1 − recall, of the checkpoint that training keeps as its best."""
+_LOOK_S = 1.0
+"""Seconds between two looks at what workers have trained."""
 _LOCKED_S = 60.0
 """Seconds for which the process of a search that was killed may still hold a run."""
 
@@ -47,8 +49,6 @@ def run(asked: dict[str, Any], stored: Stored) -> None:
 
 
 def _train(asked: dict[str, Any], stored: Stored, report: Callable[[dict[str, Any]], Any]) -> None:
-    from distmeta.parallel import trainer
-
     config = config_module.of_plain(asked["config"])
     run = Location.of(config.train.run)
     _settle(config.train.threads)
@@ -67,26 +67,46 @@ def _train(asked: dict[str, Any], stored: Stored, report: Callable[[dict[str, An
         run = Location.of(seeded.train.run).make_dir()
         with _log(run) as log, _held(run, log):
             (run / "config.yaml").write_bytes(config_module.to_yaml(seeded).encode())
-            done = trainer.train(
-                seeded,
-                run,
-                stored.dataset,
-                stored.place,
-                stored.table,
-                log=log,
-                report=tell if n == 0 else None,
-                items=stored.items(),
-            )
+            done = _trained(seeded, run, stored, log, tell if n == 0 else lambda _: None)
         if done.best_mae is None:
             raise UserError(
-                f"{stored.table.location}: no validation tasks to judge trials by; choose another --protocol or a larger"
-                " dataset"
+                f"{stored.table.location}: no validation tasks to judge trials by; choose another --protocol or a"
+                " larger dataset"
             )
         kept = next(r for r in read_metrics(run) if r["step"] == done.best_step)
         errors.append(_error(kept, asked["metric"]))
         seconds += done.seconds
     several = {"errors": errors, "deviation": statistics.stdev(errors)} if len(errors) > 1 else {}
     report({OBJECTIVE: statistics.fmean(errors), "epoch": max(told, 1), "seconds": seconds, "over": True, **several})
+
+
+def _trained(
+    config: Config, run: Location, stored: Stored, log: Callable[[str], None], tell: Callable[[list[dict]], None]
+) -> Any:
+    """Train a run, here or on --workers; its Outcome."""
+    if config.train.workers == "0":
+        from distmeta.parallel import trainer
+
+        return trainer.train(
+            config, run, stored.dataset, stored.place, stored.table, log=log, report=tell, items=stored.items()
+        )
+    import ray
+
+    from distmeta.parallel import launch
+
+    shared, looked = stored.workers, time.monotonic()
+    assert shared
+    ray.get(shared.leash.free.remote(str(run)))  # of a process that was killed here
+
+    def follow() -> None:
+        nonlocal looked
+        if time.monotonic() - looked > _LOOK_S:
+            tell(read_metrics(run))
+            looked = time.monotonic()
+
+    done = launch.train_trial(config, run, stored.table, log, launch.Trial(follow, shared.leash, shared.datasets))
+    tell(read_metrics(run))
+    return done
 
 
 def _seeded(config: Config, n: int) -> Config:

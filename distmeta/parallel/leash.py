@@ -13,6 +13,9 @@ from ray.exceptions import RayError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.util import remove_placement_group
 
+_ABORT_S = 15.0
+"""Seconds that a controller has to end its workers."""
+
 
 class Leash:
     """An actor's state: what each run holds."""
@@ -35,6 +38,9 @@ class Leash:
         found = [self.held.pop(name) for name in list(self.held) if name == run or name.startswith(f"{run}-seed")]
         groups = [group for _, mine in found for group in mine]
         for controller in (c for mine, _ in found for c in mine):
+            # asked to, it also ends an actor of 200 MB that is there to watch it, and would look for it for ever
+            with contextlib.suppress(RayError, ValueError):
+                ray.get(controller.abort.remote(), timeout=_ABORT_S)
             with contextlib.suppress(RayError, ValueError):
                 ray.kill(controller)
         for group in groups:
@@ -44,8 +50,8 @@ class Leash:
 
 
 def create() -> Any:
-    """A handle of a new Leash, which ends with this driver."""
-    return ray.remote(Leash).options(num_cpus=0).remote()
+    """A handle of a new Leash, which ends with this driver; one trial that is slow to end holds up no other."""
+    return ray.remote(Leash).options(num_cpus=0, max_concurrency=16).remote()
 
 
 class Held(ControllerCallback, WorkerGroupCallback):

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,8 @@ OBJECTIVE = "error"
 """What trials are judged by: the metric asked for, or 1 − recall, of the checkpoint that training keeps as its best."""
 _LOOK_S = 1.0
 """Seconds between two looks at what workers have trained."""
+_FREED_S = 30
+"""Seconds that a stopped trial has to free its workers, before its process is replaced."""
 _LOCKED_S = 60.0
 """Seconds for which the process of a search that was killed may still hold a run."""
 
@@ -96,6 +99,7 @@ def _trained(
 
     shared, looked = stored.workers, time.monotonic()
     assert shared
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", str(_FREED_S))
     ray.get(shared.leash.free.remote(str(run)))  # of a process that was killed here
 
     def follow() -> None:

@@ -56,6 +56,12 @@ def connected(threads: int, gpu: bool, wait: int, workers: int = 0) -> Iterator[
             stack.enter_context(cluster.connected(max(1, workers), threads, gpu, wait))
         except UserError as e:
             raise UserError(str(e).replace("--workers", "--workers-per-trial")) from None
+        if not at_once(_nodes(), workers, threads, gpu):
+            each = f"{threads} CPU{'s' * (threads > 1)}{' and a GPU' * gpu}"
+            raise UserError(
+                f"the cluster's nodes have no room for a trial: {max(1, workers)} x {each}, each on one node; use fewer"
+                " --threads or --workers-per-trial, or larger nodes"
+            )
         yield
 
 
@@ -70,13 +76,13 @@ def share(table: TaskTable, dataset: Dataset, config: Config, log: Callable[[str
     """
     import ray
 
-    from distmeta.parallel import launch, leash
-
     place, memory = Location.of(config.data.data), config.train.memory_mb << 20
     if config.train.workers == "0":
         stored, held = Stored.read(table, dataset, place, memory), None
         kept = stored.table.splits or {}
     else:  # read by Ray Data, which gives each worker its share
+        from distmeta.parallel import launch, leash
+
         kept, held = launch.materialised(config, table, SPLITS), leash.create()
         stored = replace(Stored.read(table, dataset, place, 0), workers=ForWorkers(held, kept))
     if missing := [name for name in SPLITS if name not in kept and table.counts[name]["tasks"]]:
@@ -100,10 +106,13 @@ def resources(workers: int, threads: int, gpu: bool) -> Any:
 
 def room(workers: int, threads: int, gpu: bool) -> int:
     """Trials that the cluster has room for now, at least one; the arguments as of `at_once`."""
+    return max(1, at_once(_nodes(), workers, threads, gpu))
+
+
+def _nodes() -> list[Mapping[str, float]]:
     import ray
 
-    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    return max(1, at_once(nodes, workers, threads, gpu))
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def at_once(nodes: Sequence[Mapping[str, float]], workers: int, threads: int, gpu: bool) -> int:

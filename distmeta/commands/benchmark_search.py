@@ -156,7 +156,8 @@ def spent(journal: Any, budget: int) -> tuple[int, float, int]:
 
 
 def _rows(args: Any, found: Mapping[str, Sequence[Searched]]) -> list[dict[str, Any]]:
-    case = f"{Location.of(args.data).name} {args.protocol} {args.method} {args.trials} x {args.epochs}"
+    what = [Location.of(args.data).name, args.protocol, args.method]
+    case = f"{' '.join(filter(None, what))} {args.trials} x {args.epochs}"
     first = next(iter(found.values()))
     rows = []
     for name, mine in found.items():

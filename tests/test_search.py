@@ -44,7 +44,7 @@ def asked(study: optuna.Study, trial: optuna.Trial | None = None) -> tuple[optun
 
 
 def plan(n: int, failures: float = 0.5, **more: Any) -> trials.Plan:
-    return trials.Plan("melu", n, 5, failures, True, 1, 1, Location.of("nowhere"), **more)
+    return trials.Plan("melu", n, 5, failures, True, 1, 1, trials.Shared(None), **more)
 
 
 def test_a_killed_search_goes_on_from_its_journal(tmp_path):
@@ -162,6 +162,15 @@ def test_too_many_failures_end_the_search_with_the_reason(tmp_path):
         search_study.write_best(study, Location.of(tmp_path))
 
 
+def test_a_search_that_is_interrupted_at_once_has_an_empty_table(tmp_path):
+    study = opened(Location.of(tmp_path))
+    asked(study)
+    search_study.write_trials(study, Location.of(tmp_path))
+    table = pl.read_parquet(tmp_path / "trials.parquet")
+    assert table.height == 0
+    assert {"number", "run", "error", "failure"} <= set(table.columns)
+
+
 def test_time_beside_training_counts_all_launches(tmp_path):
     study = opened(Location.of(tmp_path))
     study.set_user_attr("launches", [{"seconds": 30.0, "cpus": 4.0}, {"seconds": 20.0, "cpus": 4.0}])
@@ -230,6 +239,7 @@ def test_a_trial_waits_for_the_process_that_it_replaces(tmp_path):
         (["melu", "--failures", "7"], "--failures must be from 0 to 1"),
         (["melu", "--sampler", "cma"], "choose one of tpe random"),
         (["melu", "--metric", "maee"], r"validation measures mae mse recall@10 recall@50 \(did you mean mae"),
+        (["melu", "--threads", "4096"], "--threads 4096: this machine has"),
         (["melu", "--pareto", "--pruning"], "it stops no trial; leave --pruning out"),
         (["melu", "--pareto", "--sampler", "gp"], "with --pareto use tpe or nsga2"),
         (["melu", "--set", "slots=3"], "melu has no flag --slots"),

@@ -63,6 +63,9 @@ def main(argv: Sequence[str]) -> int:
     plans = [Tuned.of(method, asked) for method in asked.methods]
     if not asked.resume:
         _check_new(out)
+    from distmeta.parallel import hosting
+
+    hosting.check_room(asked.workers_per_trial, asked.threads)
     place = Location.of(asked.data) if asked.data else train.small()
     searches = [_Search.of(plan, place, asked) for plan in plans]
     out.make_dir()

@@ -123,11 +123,27 @@ def write_trials(study: optuna.Study, where: Location) -> None:
     """WHERE/trials.parquet: a row for each trial that ended, its parameters in columns of their own."""
     front = {t.number for t in study.best_trials} if len(study.directions) > 1 else None
     rows = [_row(t) | ({} if front is None else {"front": t.number in front}) for t in study.trials if counted(t)]
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    frame = pl.DataFrame({name: pl.Series([row.get(name) for row in rows], strict=False) for name in names})
+    tuned = dict.fromkeys(name for row in rows for name in row if name not in _COLUMNS)
+    columns = [pl.Series(name, [row[name] for row in rows], dtype) for name, dtype in _COLUMNS.items()]
+    columns += [pl.Series(name, [row.get(name) for row in rows], strict=False) for name in tuned]
+    frame = pl.DataFrame(columns)
     buffer = io.BytesIO()
     frame.write_parquet(buffer)
     (where / "trials.parquet").write_bytes(buffer.getvalue())
+
+
+_COLUMNS = {
+    "number": pl.Int64,
+    "run": pl.String,
+    "source": pl.String,
+    "state": pl.String,
+    "error": pl.Float64,
+    "deviation": pl.Float64,
+    "epochs": pl.Int64,
+    "seconds": pl.Float64,
+    "failure": pl.String,
+}
+"""Of a table of trials; its parameters, and `front` of two objectives, follow."""
 
 
 def _row(trial: FrozenTrial) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from distmeta.data.tasktable import TaskTable
 from distmeta.errors import UserError
 from distmeta.parallel import cluster
 from distmeta.parallel.stored import SPLITS, ForWorkers, Stored
+from distmeta.parallel.update import cores
 from distmeta.storage import Location
 
 _SETTINGS = {
@@ -40,6 +41,13 @@ class Shared:
         """End the workers of a trial that ended without doing so."""
         if self.leash:
             self.leash.free.remote(run)
+
+
+def check_room(workers: int, threads: int) -> None:
+    """UserError where trials are to run on this machine, and it is too small for one; the arguments as of `at_once`."""
+    if os.environ.get("RAY_ADDRESS", "") in ("", "local") and max(1, workers) * threads > cores():
+        flags = f"--workers-per-trial {workers} --threads {threads}" if workers else f"--threads {threads}"
+        raise UserError(f"search: {flags}: this machine has {cores()} CPUs; use fewer, or set RAY_ADDRESS")
 
 
 @contextlib.contextmanager

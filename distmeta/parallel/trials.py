@@ -138,7 +138,7 @@ def _scheduler(study: optuna.Study, plan: Plan, searcher: Any) -> Any:
     if not plan.pruning or plan.grace > last:
         return None
 
-    class Rungs(ASHAScheduler):
+    class Rungs(_Unkept, ASHAScheduler):
         """ASHA; an interrupted trial reports all its epochs again, and was judged by them before."""
 
         def tell(self, told: Any, curve: Mapping[int, float]) -> None:
@@ -162,6 +162,13 @@ class _Earlier:
     trial_id: str
 
 
+class _Unkept:
+    """What Tune is to leave out of the state that it writes and nobody reads: a study, a screen cannot be pickled."""
+
+    def __reduce__(self) -> Any:
+        return object, ()
+
+
 def _searcher(
     study: optuna.Study,
     plan: Plan,
@@ -173,7 +180,7 @@ def _searcher(
 
     several = len(study.directions) > 1
 
-    class Journalled(OptunaSearch):
+    class Journalled(_Unkept, OptunaSearch):
         """OptunaSearch on a study that is there, and whose trials end as what they were: complete, pruned, failed.
 
         It begins with the trials that an earlier launch left running.
@@ -257,7 +264,7 @@ def _ending(result: Mapping[str, Any] | None, error: bool) -> tuple[TrialState, 
 def _stopper(found: Tally) -> Any:
     from ray import tune
 
-    class Hopeless(tune.Stopper):
+    class Hopeless(_Unkept, tune.Stopper):
         """Ends the search when too many trials have failed."""
 
         def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -272,7 +279,7 @@ def _stopper(found: Tally) -> Any:
 def _watch(found: Tally, launch: Launch, running: Callable[[], int], shared: Shared, log: Callable[[str], None]) -> Any:
     from ray import tune
 
-    class Watch(tune.Callback):
+    class Watch(_Unkept, tune.Callback):
         """The progress line: on a terminal rewritten in place, else one for each trial that ends; failures besides."""
 
         def __init__(self) -> None:

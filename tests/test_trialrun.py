@@ -167,3 +167,36 @@ def test_half_the_epochs_are_counted_as_they_were_trained():
     journal += [end(2, 1, 0.5)]
     assert benchmark_search.spent(journal, 0) == (4, 0.5, 3)
     assert benchmark_search.spent(journal, 3) == (3, 0.7, 2)
+
+
+def test_what_a_trial_holds_is_freed_and_no_other_trials(store):
+    from ray.actor import exit_actor
+    from ray.util import placement_group, placement_group_table
+
+    from distmeta.parallel import leash
+
+    class Controller:
+        """Has the one method that is asked for."""
+
+        def abort(self) -> None:
+            exit_actor()
+
+        def ready(self) -> bool:
+            return True
+
+    held = leash.create()
+    made = {}
+    for run in ("a/0001", "a/0001-seed1", "a/00010"):
+        controller = store.remote(Controller).options(num_cpus=0).remote()
+        group = placement_group([{"CPU": 0.25}])
+        store.get([controller.ready.remote(), group.ready()])
+        store.get(held.hold.remote(run, [controller], [group]))
+        made[run] = controller, group
+    assert store.get(held.free.remote("a/0001")) == 2
+    assert store.get(held.free.remote("a/0001")) == 0
+    left = [run for run, (_, group) in made.items() if placement_group_table(group)["state"] == "CREATED"]
+    assert left == ["a/00010"]
+    with pytest.raises(store.exceptions.RayActorError):
+        store.get(made["a/0001"][0].ready.remote())
+    assert store.get(made["a/00010"][0].ready.remote())
+    store.get(held.free.remote("a/00010"))

@@ -120,6 +120,8 @@ def room(workers: int, threads: int, gpu: bool) -> int:
 def _nodes() -> list[Mapping[str, float]]:
     import ray
 
+    if not ray.is_initialized():  # an interrupted search's thread: Ray would connect it to any cluster that it finds
+        return []
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 

@@ -44,7 +44,7 @@ def asked(study: optuna.Study, trial: optuna.Trial | None = None) -> tuple[optun
 
 
 def plan(n: int, failures: float = 0.5, **more: Any) -> trials.Plan:
-    return trials.Plan("melu", n, 5, failures, True, 1, 1, Location.of("nowhere"), **more)
+    return trials.Plan("melu", n, 5, failures, True, 1, 1, trials.Shared(None), **more)
 
 
 def test_a_killed_search_goes_on_from_its_journal(tmp_path):

@@ -14,6 +14,7 @@ BENCHMARKS = {
     "input": "task tables: users a second, read, permuted and padded",
     "methods": "training end to end on a dataset: users a second of each method, and its wait for input",
     "neighbours": "the index of AT-PAML: searches, stores and merges a second, recall, memory",
+    "search": "a search's CPUs, and ASHA and TPE with half of random search's training epochs",
     "serving": "one new user's support and candidates to scores: in eager, exported, as ONNX, and melu",
     "scaling": "workers on this machine against independent processes: users a second, exchange, wait, start-up",
 }

@@ -36,6 +36,7 @@ _NUMBERS = (
     ("epochs", int, "epochs of a trial, at most"),
     ("grace", int, "epochs of every trial before it may be stopped"),
     ("threads", int, "CPUs of a trial; as many trials run at a time as there is room for"),
+    ("workers-per-trial", int, "Ray Train workers of a trial, of --threads CPUs each; 0: it is one process"),
     ("seed", int, "of the sampler, and of training"),
     ("seeds", int, "trainings of a trial that is not stopped, from --seed on; it is judged by their mean"),
     ("failures", float, "share of the trials that may fail; beyond it the search stops"),
@@ -62,9 +63,9 @@ def main(argv: Sequence[str]) -> int:
     plans = [Tuned.of(method, asked) for method in asked.methods]
     if not asked.resume:
         _check_new(out)
-    from distmeta.parallel import trials
+    from distmeta.parallel import hosting
 
-    trials.check_room(asked.threads)
+    hosting.check_room(asked.workers_per_trial, asked.threads)
     place = Location.of(asked.data) if asked.data else train.small()
     searches = [_Search.of(plan, place, asked) for plan in plans]
     out.make_dir()
@@ -91,7 +92,7 @@ def _parser() -> Parser:
     add("--data", help="dataset; default: a small synthetic one")
     add("--protocol", help="what becomes a task, as of train [cmml-user]")
     for name, kind, text in _NUMBERS:
-        add(f"--{name}", type=kind, help=f"{text} [{DEFAULTS[name]}]")
+        add(f"--{name}", type=kind, help=f"{text} [{DEFAULTS[name.replace('-', '_')]}]")
     add("--metric", help="of validation, that trials are judged by: mae or mse, recall@10 or recall@50 of scenarios; of"
         " the epoch that training keeps, which is that of the best mae or recall@10 [the first of them]")  # fmt: skip
     add("--sampler", help=f"who proposes: {' '.join(search_plan.SAMPLERS)}; gp thinks for seconds a trial [tpe]")
@@ -133,11 +134,11 @@ class _Search:
 
 
 def _search(asked: argparse.Namespace, out: Location, searches: Sequence[_Search]) -> int:
-    from distmeta.parallel import trials
+    from distmeta.parallel import hosting
 
     winners: list[Location] = []
     (out / ".ray").remove()
-    with trials.connected(asked.threads, asked.gpu, asked.wait):
+    with hosting.connected(asked.threads, asked.gpu, asked.wait, asked.workers_per_trial):
         for search in searches:
             winners.append(_tune(asked, out, search))
     (out / ".ray").remove()
@@ -149,7 +150,7 @@ def _search(asked: argparse.Namespace, out: Location, searches: Sequence[_Search
 def _tune(asked: argparse.Namespace, out: Location, search: _Search) -> Location:
     """Search for one method; the run of its best trial."""
     from distmeta.commands import search_study
-    from distmeta.parallel import tally, trials
+    from distmeta.parallel import hosting, tally, trials
 
     plan, method = search.plan, search.plan.method
     study = search_study.opened(
@@ -163,9 +164,10 @@ def _tune(asked: argparse.Namespace, out: Location, search: _Search) -> Location
         config = plan.config(search_study.suggest(trial, plan.space), str(search.place), str(where / name))
         return name, config_module.plain(config)
 
+    shared = hosting.share(search.table, search.dataset, plan.config({}, str(search.place)))
     wanted = trials.Plan(
         method, asked.trials, asked.epochs, asked.failures, asked.pruning, asked.grace, asked.threads,
-        search.table.location, asked.gpu, search.metric, asked.seeds,
+        shared, asked.gpu, search.metric, asked.seeds, asked.workers_per_trial,
     )  # fmt: skip
     try:
         trials.search(study, wanted, ask, (out / ".ray").make_dir())

@@ -23,14 +23,15 @@ METRICS = {False: ("mae", "mse"), True: ("recall@10", "recall@50")}
 DEFAULTS = {
     "data": "", "protocol": "", "trials": 40, "epochs": 30, "grace": 3, "threads": 1, "seed": 0, "seeds": 1,
     "metric": "", "sampler": "tpe", "pruning": None, "pareto": False, "gpu": False, "set": [], "failures": 0.5,
-    "wait": 180,
+    "wait": 180, "workers_per_trial": 0,
 }  # fmt: skip
 
 _TAKEN = ("data", "protocol", "run", "resume", "workers", "epochs", "threads", "seed", "config", "gpu")
 """Flags of `train` that the search sets itself."""
 _MAY_DIFFER = ("resume", "out", "trials", "failures", "wait")
 """What --resume may say differently."""
-_LEAST = {"trials": 1, "epochs": 1, "grace": 1, "threads": 1, "seed": 0, "seeds": 1, "wait": 1}
+_LEAST = {"trials": 1, "epochs": 1, "grace": 1, "threads": 1, "seed": 0, "seeds": 1, "wait": 1,
+          "workers_per_trial": 0}  # fmt: skip
 
 
 def settle(said: dict[str, Any], out: Location) -> argparse.Namespace:
@@ -72,7 +73,7 @@ def _before(out: Location) -> dict[str, Any]:
 def _check(asked: argparse.Namespace) -> None:
     for name, least in _LEAST.items():
         if getattr(asked, name) < least:
-            raise UserError(f"search: --{name} must be at least {least}, not {getattr(asked, name)}")
+            raise UserError(f"search: --{name.replace('_', '-')} must be at least {least}, not {getattr(asked, name)}")
     if not 0 <= asked.failures <= 1:
         raise UserError(f"search: --failures must be from 0 to 1, not {asked.failures:g}")
     if asked.sampler not in SAMPLERS:
@@ -121,6 +122,7 @@ class Tuned:
         common += ["--data", asked.data] if asked.data else []
         common += ["--protocol", asked.protocol] if asked.protocol else []
         common += ["--gpu"] if asked.gpu else []
+        common += ["--workers", str(asked.workers_per_trial)] if asked.workers_per_trial else []
         common += [word for s in mine for word in s.argv()]
         train.parse(common)
         settled = {s.flag.removeprefix("no-").replace("-", "_") for s in mine}

@@ -88,5 +88,13 @@ def read_items(dataset_location: Location, dataset: Dataset) -> dict[str, Bag]:
         UserError: items/ is missing, damaged or not as the manifest says.
     """
     table = read_side(dataset_location, dataset, "items", [f.name for f in dataset.item_fields])
-    encoded = encode_all(dataset.item_fields, table, dataset_location / "items")
-    return {name: bag(e) for name, e in encoded.items()}
+    return item_bags(table, dataset, dataset_location / "items")
+
+
+def item_bags(table: pa.Table, dataset: Dataset, where: object) -> dict[str, Bag]:
+    """All item fields as Bags, by field name, from a table with a row for each item.
+
+    Raises:
+        UserError: as `encode`.
+    """
+    return {name: bag(e) for name, e in encode_all(dataset.item_fields, table, where).items()}

@@ -87,7 +87,13 @@ def read(table: TaskTable, parts: Sequence[Part], columns: Sequence[str]) -> Dat
     )
 
 
-def materialise(table: TaskTable, dataset: dataset_schema.Dataset, memory: int, small: int = SMALL) -> dict[str, Any]:
+def materialise(
+    table: TaskTable,
+    dataset: dataset_schema.Dataset,
+    memory: int,
+    small: int = SMALL,
+    splits: Sequence[str] = SPLITS,
+) -> dict[str, Any]:
     """The tasks of a table in the object store: split -> Dataset of its shards, one after another, each as stored.
 
     Args:
@@ -101,7 +107,7 @@ def materialise(table: TaskTable, dataset: dataset_schema.Dataset, memory: int, 
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
-    sizes = {split: table.sizes(split) for split in SPLITS if _bytes(table, dataset, split) <= memory}
+    sizes = {split: table.sizes(split) for split in splits if _bytes(table, dataset, split) <= memory}
     sizes = {split: rows for split, rows in sizes.items() if sum(rows)}
     parts = [Part(split, v) for split, rows in sizes.items() for v in range(table.shards) if rows[v]]
     if not parts:

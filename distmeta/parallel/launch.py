@@ -2,11 +2,13 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from distmeta import config as config_module
 from distmeta.config import Config
+from distmeta.data.protocols import SPLITS
 from distmeta.data.schema import Dataset
 from distmeta.data.tasktable import TaskTable
 from distmeta.errors import RunError, UserError
@@ -27,15 +29,50 @@ def workers(config: Config) -> tuple[int, int]:
     return int(least), int(most or least)
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A trial of a search whose training is elsewhere; the process that waits for it here may be stopped at any time.
+
+    What workers tell of an epoch is its line in RUN/metrics.jsonl: `follow` reads it. Ray's TuneReportCallback would
+    hand Ray Tune what workers report to Ray Train; but then nobody here hears that Tune stops the trial, who could
+    free its workers, and a resumed run's earlier epochs would not be told.
+    """
+
+    follow: Callable[[], None]
+    """Called several times a second while the workers train; what it raises ends them."""
+    leash: Any
+    """Handle of the search's Leash."""
+    datasets: dict[str, Any]
+    """The splits as `delivery.materialise` gives them."""
+
+
 def run_workers(
     config: Config, run: Location, table: TaskTable, log: Callable[[str], None] = print, *, learn: bool = True
 ) -> tuple[Outcome | None, Assessment]:
     """Train (`learn`) and measure a run on --workers Ray Train workers: trainer.train and assess, elsewhere.
 
+    Raises: as `train_trial`.
+    """
+    found = _run(config, run, table, log, learn, None)
+    floors = {name: Measured.from_ipc(data) for name, data in found["floors"].items()}
+    outcome = Outcome(**found["outcome"]) if found["outcome"] else None
+    return outcome, Assessment(found["step"], Measured.from_ipc(found["method"]), floors)
+
+
+def train_trial(config: Config, run: Location, table: TaskTable, log: Callable[[str], None], trial: Trial) -> Outcome:
+    """Train a run on --workers Ray Train workers, measuring nothing but validation.
+
     Raises:
         UserError: no cluster, too small a cluster, more workers than shards, data that a worker cannot read.
         RunError: training failed, or workers died more often than --max-failures.
     """
+    return Outcome(**_run(config, run, table, log, True, trial)["outcome"])
+
+
+def _run(
+    config: Config, run: Location, table: TaskTable, log: Callable[[str], None], learn: bool, trial: Trial | None
+) -> dict[str, Any]:
+    """What rank 0 of `worker.run` gives, of as many launches as it takes."""
     least, most = workers(config)
     o = config.train
     if most > table.shards:
@@ -46,7 +83,7 @@ def run_workers(
     while True:
         with cluster.connected(least, o.threads, o.gpu, o.wait, log) as ours:
             try:
-                return _fit(config, run, table, log, learn, ours)
+                return _fit(config, run, table, log, learn, ours, trial)
             except _ControllerLost as e:
                 lost += 1
                 if lost > o.max_failures:
@@ -59,8 +96,14 @@ class _ControllerLost(Exception):
 
 
 def _fit(
-    config: Config, run: Location, table: TaskTable, log: Callable[[str], None], learn: bool, ours: bool
-) -> tuple[Outcome | None, Assessment]:
+    config: Config,
+    run: Location,
+    table: TaskTable,
+    log: Callable[[str], None],
+    learn: bool,
+    ours: bool,
+    trial: Trial | None,
+) -> dict[str, Any]:
     """One `fit()` of Ray Train, which itself starts new workers for lost ones."""
     import ray
     from ray.exceptions import RayActorError
@@ -68,13 +111,9 @@ def _fit(
     from ray.train.torch import TorchTrainer
 
     from distmeta.parallel import board as boards
-    from distmeta.parallel import delivery, stateactor, worker
+    from distmeta.parallel import delivery, leash, stateactor, worker
 
-    try:
-        dataset = Dataset.open(Location.of(config.data.data))
-        datasets = delivery.materialise(table, dataset, config.train.memory_mb << 20)
-    except Exception as e:
-        raise delivery.sentence(e) or e from None
+    datasets = trial.datasets if trial else materialised(config, table, SPLITS)
     threads = f"{config.train.threads} thread{'s' * (config.train.threads > 1)}"
     log(f"starting {config.train.workers} workers of {threads}")
     board = boards.create(0.9 * config.train.exchange_timeout)
@@ -85,6 +124,7 @@ def _fit(
         if learn and method_class(config.method).memories is not Method.memories:
             o = config.train
             servers = stateactor.create(run.name, o.state_shards, workers(config)[1], o.exchange_timeout)
+        callbacks = [boards.Deaths(board), *([leash.Held(trial.leash, str(run))] if trial else [])]
         trainer = TorchTrainer(
             worker.run,
             train_loop_config={
@@ -92,20 +132,29 @@ def _fit(
                 "table": str(table.location),
                 "delivered": list(datasets),
                 "learn": learn,
+                "measure": trial is None,
                 "board": board,
                 "servers": servers,
             },
             datasets=datasets,
             dataset_config=delivery.ShardConfig({split: table.sizes(split) for split in datasets}),
-            **_ray_config(config, run, boards.Deaths(board)),
+            **_ray_config(config, run, callbacks),
         )
-        done = cluster.interruptible(trainer.fit, lambda: ours and watch.failure is not None)
+
+        def over() -> bool:
+            if trial:
+                trial.follow()
+            return ours and watch.failure is not None
+
+        done = cluster.interruptible(trainer.fit, over)
         found = done.return_value if done else None
     except TrainingFailedError as e:
         error = e
     except RayActorError as e:
         raise _ControllerLost(_line(e)) from e
     finally:
+        if trial:
+            ray.get(trial.leash.free.remote(str(run)))
         failure = watch.close()
         for actor in (board, *servers):
             ray.kill(actor)
@@ -116,12 +165,25 @@ def _fit(
         raise _failed(config, run, error) from error
     if found is None:
         raise RunError(f"{run}: the workers ended without a result; `train --run {run} --resume` goes on")
-    floors = {name: Measured.from_ipc(data) for name, data in found["floors"].items()}
-    outcome = Outcome(**found["outcome"]) if found["outcome"] else None
-    return outcome, Assessment(found["step"], Measured.from_ipc(found["method"]), floors)
+    return found
 
 
-def _ray_config(config: Config, run: Location, callback: Any) -> dict[str, Any]:
+def materialised(config: Config, table: TaskTable, splits: Sequence[str]) -> dict[str, Any]:
+    """Splits of a run's task table in the object store, as far as --memory-mb allows.
+
+    Raises:
+        UserError: a part is missing or damaged, or cannot be read on a node of the cluster.
+    """
+    from distmeta.parallel import delivery
+
+    try:
+        dataset = Dataset.open(Location.of(config.data.data))
+        return delivery.materialise(table, dataset, config.train.memory_mb << 20, splits=splits)
+    except Exception as e:
+        raise delivery.sentence(e) or e from None
+
+
+def _ray_config(config: Config, run: Location, callbacks: list[Any]) -> dict[str, Any]:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 
@@ -140,7 +202,7 @@ def _ray_config(config: Config, run: Location, callback: Any) -> dict[str, Any]:
             storage_path=storage.path,
             storage_filesystem=None if storage.is_local else storage.fs,
             failure_config=FailureConfig(max_failures=o.max_failures, controller_failure_limit=cluster.starts(o.wait)),
-            callbacks=[callback],
+            callbacks=callbacks,
         ),
     }
 

@@ -38,7 +38,7 @@ from distmeta.parallel.timing import Times, together
 from distmeta.parallel.update import MetaUpdate, NotFinite, build_method, device_of, numerics
 from distmeta.parallel.validation import read_metrics, validate, write_metrics
 from distmeta.storage import Location
-from distmeta.tasks import TaskBatch
+from distmeta.tasks import Bag, TaskBatch
 
 _DIVERGED = "start a new run with a smaller --lr or inner step (--local-lr), or look at those tasks' data"
 
@@ -70,6 +70,7 @@ def train(
     *,
     fence: Callable[[], None] | None = None,
     report: Callable[[list[dict[str, Any]]], None] | None = None,
+    items: dict[str, Bag] | None = None,
 ) -> Outcome:
     """Train into RUN/checkpoints and RUN/metrics.jsonl, from the newest complete checkpoint if there is one.
 
@@ -82,6 +83,7 @@ def train(
             were replaced by others that write to the same run.
         report: called on all workers after each epoch and its checkpoint, and at first where there are epochs
             already, with the lines of RUN/metrics.jsonl so far.
+        items: all item fields, where the caller has read them; else they are read from `dataset_location`.
 
     Raises:
         RunError: the loss or its gradient is not finite; the disk is full; what `fence` raises.
@@ -90,7 +92,7 @@ def train(
     exchange = exchange or Exchange()
     device = device_of(config.train)
     with numerics(config.train.threads, device):
-        items = read_items(dataset_location, dataset)
+        items = read_items(dataset_location, dataset) if items is None else items
         method = build_method(config, dataset, items, device, exchange)
         o = config.train
         tasks, surveyed, valid = _loaders(o, table, dataset, exchange, method.groups > 1)

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,39 +17,43 @@ from typing import Any
 from distmeta import config as config_module
 from distmeta import process
 from distmeta.config import Config
-from distmeta.data.schema import Dataset
-from distmeta.data.tasktable import TaskTable
 from distmeta.errors import RunError, UserError
 from distmeta.parallel import rundir
+from distmeta.parallel.stored import Stored
 from distmeta.parallel.validation import read_metrics
 from distmeta.storage import Location
 
 OBJECTIVE = "error"
 """What trials are judged by: the metric asked for, or 1 − recall, of the checkpoint that training keeps as its best."""
+_LOOK_S = 1.0
+"""Seconds between two looks at what workers have trained."""
+_FREED_S = 30
+"""Seconds that a stopped trial has to free its workers, before its process is replaced."""
 _LOCKED_S = 60.0
 """Seconds for which the process of a search that was killed may still hold a run."""
 
 
-def run(asked: dict[str, Any], table: str) -> None:
+def run(asked: dict[str, Any], stored: Stored) -> None:
     """Train the run of a trial, from its newest checkpoint if there is one, and report each epoch.
 
     What goes wrong is reported as `failure`, so that it is recorded with its reason and not tried again.
+
+    Args:
+        asked: `run`, the name of its run, and `config`, the plain mapping of a Config.
+        stored: as it lies in the object store of this node.
     """
     from ray import tune
 
     try:
-        _train(asked, table, tune.report)
+        _train(asked, stored, tune.report)
     except Exception as e:
         known = isinstance(e, UserError | RunError)
         tune.report({"failure": str(e) if known else f"{type(e).__name__}: {e}", OBJECTIVE: math.inf, "epoch": 0})
 
 
-def _train(asked: dict[str, Any], place: str, report: Callable[[dict[str, Any]], Any]) -> None:
-    from distmeta.parallel import trainer
-
+def _train(asked: dict[str, Any], stored: Stored, report: Callable[[dict[str, Any]], Any]) -> None:
     config = config_module.of_plain(asked["config"])
     run = Location.of(config.train.run)
-    table, dataset = _opened(place, config.data.data)
     _settle(config.train.threads)
     told, errors, seconds = 0, list[float](), 0.0
 
@@ -65,17 +70,47 @@ def _train(asked: dict[str, Any], place: str, report: Callable[[dict[str, Any]],
         run = Location.of(seeded.train.run).make_dir()
         with _log(run) as log, _held(run, log):
             (run / "config.yaml").write_bytes(config_module.to_yaml(seeded).encode())
-            place_of = Location.of(config.data.data)
-            done = trainer.train(seeded, run, dataset, place_of, table, log=log, report=tell if n == 0 else None)
+            done = _trained(seeded, run, stored, log, tell if n == 0 else lambda _: None)
         if done.best_mae is None:
             raise UserError(
-                f"{place}: no validation tasks to judge trials by; choose another --protocol or a larger dataset"
+                f"{stored.table.location}: no validation tasks to judge trials by; choose another --protocol or a"
+                " larger dataset"
             )
         kept = next(r for r in read_metrics(run) if r["step"] == done.best_step)
         errors.append(_error(kept, asked["metric"]))
         seconds += done.seconds
     several = {"errors": errors, "deviation": statistics.stdev(errors)} if len(errors) > 1 else {}
     report({OBJECTIVE: statistics.fmean(errors), "epoch": max(told, 1), "seconds": seconds, "over": True, **several})
+
+
+def _trained(
+    config: Config, run: Location, stored: Stored, log: Callable[[str], None], tell: Callable[[list[dict]], None]
+) -> Any:
+    """Train a run, here or on --workers; its Outcome."""
+    if config.train.workers == "0":
+        from distmeta.parallel import trainer
+
+        return trainer.train(
+            config, run, stored.dataset, stored.place, stored.table, log=log, report=tell, items=stored.items()
+        )
+    import ray
+
+    from distmeta.parallel import launch
+
+    shared, looked = stored.workers, time.monotonic()
+    assert shared
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", str(_FREED_S))
+    ray.get(shared.leash.free.remote(str(run)))  # of a process that was killed here
+
+    def follow() -> None:
+        nonlocal looked
+        if time.monotonic() - looked > _LOOK_S:
+            tell(read_metrics(run))
+            looked = time.monotonic()
+
+    done = launch.train_trial(config, run, stored.table, log, launch.Trial(follow, shared.leash, shared.datasets))
+    tell(read_metrics(run))
+    return done
 
 
 def _seeded(config: Config, n: int) -> Config:
@@ -117,13 +152,6 @@ def _held(run: Location, log: Callable[[str], None]) -> Iterator[None]:
                     raise
                 time.sleep(0.2)
         yield
-
-
-@functools.lru_cache(maxsize=1)
-def _opened(table: str, dataset: str) -> tuple[TaskTable, Dataset]:
-    """A task table and its dataset, opened once a process."""
-    found = TaskTable.open(Location.of(table))
-    return found, found.seen(Dataset.open(Location.of(dataset)))
 
 
 @functools.lru_cache(maxsize=1)

@@ -4,33 +4,23 @@ stopped early. The Optuna study is the one record of the search; Ray Tune's own 
 A trial's checkpoint is its run directory, OUT/METHOD/NNNN: whichever process trains there goes on from it.
 """
 
-import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
 from optuna.trial import TrialState
 
-from distmeta.errors import RunError, UserError
-from distmeta.parallel import cluster, trialrun
+from distmeta.errors import RunError
+from distmeta.parallel import cluster, hosting, trialrun
+from distmeta.parallel.hosting import Shared
 from distmeta.parallel.progress import Progress
 from distmeta.parallel.tally import Launch, Tally, counted, tally
 from distmeta.parallel.trialrun import OBJECTIVE
-from distmeta.parallel.update import cores
 from distmeta.storage import Location
-
-_SETTINGS = {
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths stay what they are
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # of its own state, which is never read
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    "TUNE_MAX_PENDING_TRIALS_PG": "1000",  # the searcher itself proposes no more than there is room for
-    "RAY_AIR_NEW_OUTPUT": "0",
-}
 
 _KEPT_S = 60.0
 """Seconds after which a launch that is killed has at least told how long it lasts."""
@@ -53,12 +43,15 @@ class Plan:
     """Epochs of every trial, before ASHA judges it."""
     threads: int
     """CPUs of a trial."""
-    table: Location
+    shared: Shared
+    """What all trials have in common."""
     gpu: bool = False
     metric: str = "mae"
     """Of validation, that trials are judged by."""
     seeds: int = 1
     """Trainings of a trial that is not stopped in the first."""
+    workers: int = 0
+    """Ray Train workers of a trial; 0: it trains in its own process."""
 
 
 def search(
@@ -83,12 +76,14 @@ def search(
     study.set_user_attr("metric", plan.metric)
     if found.ended >= plan.trials or found.hopeless:
         return _checked(found)
-    resources = {"CPU": float(plan.threads), **({"GPU": 1.0} if plan.gpu else {})}
-    launch, room = Launch(study, _have("CPU")), lambda: _at_once(resources)
+    needs = plan.workers, plan.threads, plan.gpu
+    launch, room = Launch(study, _have("CPU")), lambda: hosting.room(*needs)
+    if plan.workers:
+        log(f"{room()} trials at a time, of {plan.workers} workers of {plan.threads} CPUs each")
     searcher = _searcher(study, plan, found, ask, room)
-    watch = _watch(found, launch, searcher.running, log)
+    watch = _watch(found, launch, searcher.running, plan.shared, log)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(trialrun.run, table=str(plan.table)), resources),
+        tune.with_resources(tune.with_parameters(trialrun.run, stored=plan.shared.stored), hosting.resources(*needs)),
         tune_config=tune.TuneConfig(
             num_samples=plan.trials - found.ended,
             search_alg=searcher,
@@ -125,30 +120,10 @@ def _checked(found: Tally) -> Tally:
     )
 
 
-def check_room(threads: int) -> None:
-    """UserError where trials are to run on this machine, and it is too small for one."""
-    if os.environ.get("RAY_ADDRESS", "") in ("", "local") and threads > cores():
-        raise UserError(f"search: --threads {threads}: this machine has {cores()} CPUs; use fewer, or set RAY_ADDRESS")
-
-
-@contextlib.contextmanager
-def connected(threads: int, gpu: bool, wait: int) -> Iterator[None]:
-    """Be connected to a cluster that has room for a trial; UserError where there is none."""
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
-    with cluster.connected(1, threads, gpu, wait):
-        yield
-
-
 def _have(name: str) -> float:
     import ray
 
     return ray.cluster_resources().get(name, 0.0)
-
-
-def _at_once(resources: Mapping[str, float]) -> int:
-    """Trials that the cluster has room for now; those asked for earlier than they can run would know less."""
-    return max(1, int(min(_have(name) // amount for name, amount in resources.items())))
 
 
 def _scheduler(study: optuna.Study, plan: Plan, searcher: Any) -> Any:
@@ -301,7 +276,7 @@ def _stopper(found: Tally) -> Any:
     return Hopeless()
 
 
-def _watch(found: Tally, launch: Launch, running: Callable[[], int], log: Callable[[str], None]) -> Any:
+def _watch(found: Tally, launch: Launch, running: Callable[[], int], shared: Shared, log: Callable[[str], None]) -> Any:
     from ray import tune
 
     class Watch(_Unkept, tune.Callback):
@@ -324,6 +299,9 @@ def _watch(found: Tally, launch: Launch, running: Callable[[], int], log: Callab
 
         def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             self.screen.line(f"{found.name}  {trial.config['run']}: its process was lost; another goes on in its place")
+
+        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            shared.free(trial.config["config"]["train"]["run"])
 
         def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
             self.screen.wipe()

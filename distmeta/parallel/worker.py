@@ -29,13 +29,13 @@ def run(settings: dict[str, Any]) -> dict[str, Any] | None:
 
     Args:
         settings: `config` (the plain mapping of a Config), `table` (where the task table lies), `delivered` (its
-            splits that Ray Train hands out), `learn` (whether to train), `board`, `servers` (of the shared state,
-            by shard; none where the method has none).
+            splits that Ray Train hands out), `learn` (whether to train), `measure` (whether to assess what was
+            trained), `board`, `servers` (of the shared state, by shard; none where the method has none).
 
     Returns:
-        Of rank 0: `outcome` (an Outcome as a mapping, None where nothing was to be learned) and the Assessment:
-        `step`, and as Arrow IPC `method` and `floors`. None of the others, and where the run cannot be: then a
-        worker has left the sentence on the board.
+        Of rank 0: `outcome` (an Outcome as a mapping, None where nothing was to be learned) and the Assessment,
+        where one was asked for: `step`, and as Arrow IPC `method` and `floors`. None of the others, and where the run
+        cannot be: then a worker has left the sentence on the board.
 
     Raises:
         ExchangeBroken, StateError: another worker or the shared state was lost; Ray Train starts a new group of
@@ -79,6 +79,8 @@ def _work(settings: dict[str, Any], exchange: TorchExchange, log: Any) -> dict[s
     if settings["learn"]:
         fence = Fence(run, exchange) if exchange.rank == 0 else None
         outcome = asdict(trainer.train(config, run, dataset, place, table, exchange, log, fence=fence))
+    if not settings["measure"]:
+        return None if exchange.rank else {"outcome": outcome}
     found = assess(config, run, dataset, place, table, exchange)
     if exchange.rank:
         return None

@@ -71,6 +71,7 @@ def test_a_killed_search_goes_on_from_its_journal(tmp_path):
     again = study.trials[1]
     assert again.params == FIRST[1][1]
     searcher.on_trial_result("a", {"error": 0.8, "epoch": 1, "seconds": 1.0})  # told before the kill
+    assert "seconds" not in study.trials[1].user_attrs
     searcher.on_trial_result("a", {"error": 0.7, "epoch": 2, "seconds": 2.0})
     assert study.trials[1].intermediate_values == {1: 0.9, 2: 0.7}
     searcher.on_trial_complete("a", {"error": 0.6, "epoch": 2, "seconds": 2.5, "over": True})

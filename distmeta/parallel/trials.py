@@ -100,8 +100,8 @@ def search(
             verbose=0,
         ),
     )
-    # of results that it did not write itself it complains, and of arguments that it takes from the trial
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    # it complains of results that it did not write itself, and has a stack trace for a lost process, which we tell
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     try:
         cluster.interruptible(tuner.fit)
     finally:

@@ -180,7 +180,7 @@ class _Space:
         plain = {k: " ".join(map(str, v)) if isinstance(v, tuple) else v for k, v in plain.items()}
         plain |= self.space.defaults
         made = []
-        for first in (spaces.First("the method's defaults", {}), *self.space.first):
+        for first in (spaces.First(spaces.DEFAULTS, {}), *self.space.first):
             values = {**plain, **first.values}
             made.append((first.source, {p.name: values[p.name] for p in self.space.parameters if p.active(values)}))
         return made
@@ -220,6 +220,7 @@ def _search(asked: argparse.Namespace, out: Location, plans: dict[str, _Space]) 
                 trials.search(study, wanted, ask, (out / ".ray").make_dir())
             finally:
                 search_study.write_trials(study, where)
+                search_study.write_pages(study, out, asked.methods, dataset.name, table.protocol)
             best = search_study.write_best(study, where)
             print(f"{method}: best validation error {best.value:.4f}; {where / 'best.yaml'}")
             winners.append(where / best.user_attrs["run"])

@@ -1,0 +1,362 @@
+"""Pictures of a hyperparameter search: what its trials came to, by number, epoch, parameter and time.
+
+Each gives None where there is nothing to draw. In all of them a darker mark is a better trial, the best has a colour of
+its own, and what lies above `searchrows.ceiling` stands at the upper edge.
+"""
+
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from distmeta.evaluation.charts import INK, METHOD, OTHER, SOFT, draw, finite
+from distmeta.evaluation.groupcharts import COLOURS, STEPS, by_epoch, clean
+from distmeta.evaluation.searchrows import (
+    COMPLETE,
+    FAILED,
+    PRUNED,
+    STATES,
+    Axis,
+    Search,
+    Trial,
+    Value,
+    ceiling,
+    front,
+    so_far,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BEST = COLOURS[1]
+ABSENT = 1.12
+"""Where on a parameter's axis, whose upper end is 1, lines go by that have no value of it."""
+ACROSS = 2
+"""Slices beside one another."""
+
+
+def history(found: Search) -> str | None:
+    """Each trial's value against its number, and the best so far."""
+    valued = [t for t in found.trials if finite(t.value)]
+    if not valued:
+        return None
+    failed = [t for t in found.trials if t.state == FAILED or not finite(t.value)]
+    shown = [t for t in valued if t.state != FAILED]
+
+    def paint(figure: "Figure") -> None:
+        axes = figure.subplots()
+        top = _limit(axes, [t.value for t in shown if t.value is not None])
+        done = [t for t in shown if t.state == COMPLETE]
+        cut = [t for t in shown if t.state == PRUNED]
+        _marks(axes, cut, lambda t: t.number, top, "pruned", color="white", edgecolor=SOFT, s=13)
+        _marks(axes, done, lambda t: t.number, top, "completed", color=METHOD, s=17)
+        if failed:
+            axes.plot([t.number for t in failed], [0.02] * len(failed), "x", color=SOFT, markersize=4.5,
+                      transform=axes.get_xaxis_transform(), label="failed", clip_on=False)  # fmt: skip
+        steps = so_far(found.trials)
+        if steps:
+            x, y = [n for n, _ in steps], [v for _, v in steps]
+            x, y = [*x, found.trials[-1].number], [*y, y[-1]]
+            axes.step(x, y, where="post", color=BEST, linewidth=1.6, label="best so far", zorder=1.5)
+        named = [t for t in shown if t.source and not t.default]
+        ring: Any = {"color": "none", "edgecolor": INK, "linewidth": 1.2}
+        _marks(axes, [t for t in shown if t.default], lambda t: t.number, top, "defaults", marker="o", s=85, **ring)
+        _marks(axes, named, lambda t: t.number, top, "papers", marker="s", s=70, **ring)
+        axes.set_ylabel(found.objective)
+        axes.set_xlabel("trial")
+        axes.margins(x=0.04)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        clean(axes)
+        _legend(axes)
+
+    return draw(3.2, paint, "history")
+
+
+def curves(found: Search) -> str | None:
+    """What each trial told, by epoch."""
+    told = [(t, [(e, v) for e, v in sorted(t.curve.items()) if finite(v)]) for t in found.trials]
+    told = [(t, points) for t, points in told if points]
+    if not told:
+        return None
+
+    def paint(figure: "Figure") -> None:
+        axes = figure.subplots()
+        top = _limit(axes, [v for _, points in told for _, v in points])
+        for state, width, colour in ((FAILED, 0.5, OTHER), (PRUNED, 0.5, SOFT), (COMPLETE, 1.0, METHOD)):
+            _lines(axes, [points for t, points in told if t.state == state], state, width, colour)
+        ends = [points[-1] for t, points in told if t.state == PRUNED]
+        if ends:
+            x, y = zip(*ends, strict=True)
+            axes.scatter(x, np.minimum(y, top or math.inf), s=5, color=SOFT, linewidth=0)
+        best = next((points for t, points in told if t is found.best), None)
+        if best:
+            axes.plot(*zip(*best, strict=True), color=BEST, linewidth=2.6, label="best", marker="o", markersize=3)
+        axes.set_ylabel(found.objective)
+        by_epoch(axes)
+        clean(axes)
+        _legend(axes)
+
+    return draw(3.2, paint, "curves")
+
+
+def _lines(axes: "Axes", lines: Sequence[Sequence[tuple[int, float]]], state: str, width: float, colour: str) -> None:
+    from matplotlib.collections import LineCollection
+
+    if lines:
+        axes.add_collection(LineCollection(list(lines), linewidths=width, colors=colour, label=STATES[state]))
+        # one point alone is no line
+        single = [points[0] for points in lines if len(points) == 1]
+        axes.plot(*zip(*single, strict=True), ".", color=colour, markersize=3) if single else None
+        axes.autoscale_view()
+
+
+def parallel(found: Search) -> str | None:
+    """A row a parameter, the lowest the value, and a line a trial from row to row."""
+    trials = [t for t in reversed(_ranked(found.trials)) if t.params]
+    if len(trials) < 2 or not found.axes:
+        return None
+    values = [t.value for t in trials if t.value is not None]
+    top = ceiling(values)
+    scale = Axis(found.objective, min(values), top if top is not None else max(values))
+    across = np.array([_crossings(t, found.axes, k / len(trials)) for k, t in enumerate(reversed(trials))])[::-1]
+    last = np.array([min(scale.at(v), 1.0) for v in values])
+    across = np.column_stack([across, last])
+    absent = bool((across[:, :-1] == ABSENT).any())
+
+    def paint(figure: "Figure") -> None:
+        from matplotlib.collections import LineCollection
+
+        axes = figure.subplots()
+        rows = np.broadcast_to(np.arange(across.shape[1]), across.shape)
+        lines = np.stack([across, rows], 2)
+        wide = [2.4 if t is found.best else 0.7 for t in trials]
+        axes.add_collection(LineCollection(list(lines), colors=_shades(trials, found.best), linewidths=wide))
+        for row, axis in enumerate([*found.axes, scale]):
+            axes.plot([0, 1], [row, row], color=INK, linewidth=0.8)
+            ends = [(0.0, f"{axis.low:.4f}"), (1.0, f"{axis.high:.4f}" + " or more" * (top is not None))]
+            for at, text in ends if axis is scale else axis.ticks():
+                axes.plot([at, at], [row, row + 0.1], color=INK, linewidth=0.8)
+                place: Any = {0.0: "left", 1.0: "right"}.get(at, "center")
+                axes.text(at, row + 0.14, text, ha=place, va="top", fontsize=7.5, color=SOFT, bbox=_PLAIN)
+            name: Any = {"fontsize": 8.5, "fontweight": "bold", "bbox": _PLAIN}
+            axes.text(0, row - 0.08, axis.name, va="bottom", color=BEST if axis is scale else INK, **name)
+        if absent:
+            axes.text(ABSENT, -0.2, "none", ha="center", va="bottom", fontsize=7.5, color=SOFT)
+        axes.set_xlim(-0.02, ABSENT + 0.05 if absent else 1.02)
+        axes.set_ylim(across.shape[1] - 0.4, -0.5)
+        axes.axis("off")
+
+    return draw(0.48 * across.shape[1] + 0.3, paint, "parallel")
+
+
+_PLAIN: Any = {"boxstyle": "square,pad=0.1", "facecolor": "white", "alpha": 0.8, "linewidth": 0}
+
+
+def _crossings(trial: Trial, axes: Sequence[Axis], rank: float) -> list[float]:
+    return [_beside(axis, trial.params[axis.name], rank) if axis.name in trial.params else ABSENT for axis in axes]
+
+
+def _beside(axis: Axis, value: Value, rank: float) -> float:
+    """Where a value lies; of choices the trials lie beside one another, better ones (of a lower `rank`) left."""
+    spread = 0.3 / max(len(axis.choices) - 1, 1) if axis.choices else 0.0
+    return min(max(axis.at(value) + spread * (rank - 0.5), 0.0), 1.0)
+
+
+def slices(found: Search) -> str | None:
+    """A panel a parameter: each trial's value against the parameter's."""
+    trials = list(reversed(_ranked(found.trials)))
+    shown = [axis for axis in found.axes if any(axis.name in t.params for t in trials)]
+    if not shown:
+        return None
+    down = -(-len(shown) // ACROSS)
+
+    def paint(figure: "Figure") -> None:
+        panels = figure.subplots(down, ACROSS, sharey=True, squeeze=False).ravel()
+        top = _limit(panels[0], [t.value for t in trials if t.value is not None])
+        for axes, axis in zip(panels, shown, strict=False):
+            _slice(axes, axis, trials, found.best, top)
+        for axes in panels[len(shown) :]:
+            axes.axis("off")
+        figure.supylabel(found.objective, fontsize=9, color=SOFT)
+
+    return draw(1.55 * down + 0.2, paint, "slices")
+
+
+def _slice(axes: "Axes", axis: Axis, trials: Sequence[Trial], best: Trial | None, top: float | None) -> None:
+    mine = [(k, t) for k, t in enumerate(trials) if axis.name in t.params]
+    ranks = {t.number: (len(trials) - k) / len(trials) for k, t in mine}
+    shades = dict(zip((t.number for t in trials), _shades(trials, best), strict=True))
+    for state in (PRUNED, COMPLETE):
+        group = [t for _, t in mine if t.state == state]
+        colours = [shades[t.number] for t in group]
+        look: Any = {"color": "white", "edgecolor": colours, "s": 10} if state == PRUNED else {"c": colours, "s": 15}
+        _marks(axes, group, lambda t: _beside(axis, t.params[axis.name], ranks[t.number]), top, "", **look)
+    if best and axis.name in best.params:
+        at = _beside(axis, best.params[axis.name], ranks[best.number])
+        axes.scatter([at], [best.value], s=70, color="none", edgecolor=BEST, linewidth=1.6)
+    ticks = axis.ticks()
+    crowded = sum(len(text) + 1 for _, text in ticks) > 26
+    labels = ["\n".join(text.split()) if crowded else text for _, text in ticks]
+    axes.set_xticks([at for at, _ in ticks], labels, fontsize=7.5)
+    axes.tick_params(axis="y", labelsize=7.5)
+    axes.set_xlim(-0.1, 1.1)
+    axes.set_title(axis.name, loc="left", fontsize=8.5, fontweight="bold")
+    clean(axes)
+
+
+def importance(shares: Mapping[str, float]) -> str | None:
+    """A bar a parameter, the most important first."""
+    rows = sorted(shares.items(), key=lambda each: -each[1])
+    if not rows:
+        return None
+
+    def paint(figure: "Figure") -> None:
+        axes = figure.subplots()
+        _bars(axes, [(name, 100 * share, f"{100 * share:.0f} %", METHOD) for name, share in rows])
+        axes.set_xlabel("% of what the parameters explain")
+
+    return draw(0.24 * len(rows) + 0.6, paint, "importance")
+
+
+def pareto(found: Search) -> str | None:
+    """Value against seconds of training, of complete trials, and those on the front."""
+    able = [t for t in found.judged() if finite(t.seconds)]
+    if not able:
+        return None
+    best = front(able)
+
+    def paint(figure: "Figure") -> None:
+        axes = figure.subplots()
+        top = _limit(axes, [t.value for t in able if t.value is not None])
+        far = max(t.spent for t in able) / max(min(t.spent for t in able), 1e-9) > 20
+        axes.set_xscale("log" if far and min(t.spent for t in able) > 0 else "linear")
+        _marks(axes, able, lambda t: t.spent, top, "completed", color=OTHER, s=16)
+        x, y = [t.spent for t in best], [t.value for t in best]
+        axes.step(x, y, where="post", color=METHOD, linewidth=1.2, zorder=1.5)
+        axes.scatter(x, y, s=30, color=METHOD, label="front", zorder=3)
+        _marks(axes, [t for t in able if t.default], lambda t: t.spent, top, "defaults", marker="o", s=85,
+               color="none", edgecolor=INK, linewidth=1.2)  # fmt: skip
+        if len(best) <= 6:
+            for t in best:
+                axes.annotate(t.run, (t.spent, t.value or 0.0), (4, 4), textcoords="offset points", fontsize=7.5)
+        axes.set_ylabel(found.objective)
+        axes.set_xlabel("seconds of training")
+        _plain_numbers(axes)
+        axes.margins(x=0.1)
+        clean(axes, "both")
+        _legend(axes)
+
+    return draw(3.2, paint, "pareto")
+
+
+def times(found: Search) -> str | None:
+    """How long trials of each state took, and what was spent beside training."""
+    spent = found.times()
+    beside = found.beside()
+    total = math.fsum([*spent.values(), beside])
+    if not total > 0:
+        return None
+    rows = [(f"{STATES[s]} ({found.counts()[s]})", spent[s], METHOD if s == COMPLETE else SOFT) for s in STATES]
+    rows.append(("beside training", beside, OTHER))
+
+    def paint(figure: "Figure") -> None:
+        axes = figure.subplots()
+        _bars(axes, [(name, v, f"{_amount(v)} s, {100 * v / total:.0f} %", colour) for name, v, colour in rows])
+        axes.set_xlabel("seconds")
+
+    return draw(0.26 * len(rows) + 0.6, paint, "times")
+
+
+def winners(rows: Sequence[tuple[str, float | None, float | None]], objective: str) -> str | None:
+    """Of each method its best trial's value and that of its defaults."""
+    known = [(name, best, default) for name, best, default in rows if finite(best)]
+    if not known:
+        return None
+
+    def paint(figure: "Figure") -> None:
+        axes = figure.subplots()
+        for at, (_, best, default) in enumerate(known):
+            if finite(default):
+                axes.plot([best, default], [at, at], color=OTHER, linewidth=2.5, zorder=1)
+                axes.plot(default, at, "o", color=INK, markerfacecolor="white", markersize=7,
+                          label="defaults" if at == 0 else None)  # fmt: skip
+            axes.plot(best, at, "o", color=BEST, markersize=6, label="best" if at == 0 else None)
+        axes.set_yticks(range(len(known)), [name for name, _, _ in known])
+        axes.tick_params(axis="y", labelcolor=INK)
+        axes.set_ylim(len(known) - 0.5, -0.5)
+        axes.set_xlabel(objective)
+        axes.margins(x=0.1)
+        clean(axes, "x")
+        _legend(axes)
+
+    return draw(0.32 * len(known) + 0.9, paint, "winners")
+
+
+def _amount(seconds: float) -> str:
+    return f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.1f}"
+
+
+def _bars(axes: "Axes", rows: Sequence[tuple[str, float, str, str]]) -> None:
+    """Rows of name, length, what stands behind the bar, colour."""
+    longest = max(value for _, value, *_ in rows) or 1.0
+    for at, (_, value, text, colour) in enumerate(rows):
+        axes.barh(at, value, height=0.7, color=colour)
+        axes.text(value + 0.012 * longest, at, text, va="center", fontsize=8.5)
+    axes.set_yticks(range(len(rows)), [textwrap.shorten(name, 30, placeholder="…") for name, *_ in rows])
+    axes.tick_params(length=0)
+    axes.tick_params(axis="y", labelcolor=INK)
+    axes.set_xlim(0, longest * 1.3)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.spines["bottom"].set_visible(False)
+    axes.locator_params(axis="x", nbins=5)
+
+
+def _ranked(trials: Sequence[Trial]) -> list[Trial]:
+    """Trials with a value that have not failed, the best first; complete ones before pruned ones of the same value."""
+    able = [t for t in trials if finite(t.value) and t.state != FAILED]
+    return sorted(able, key=lambda t: (t.value, t.state != COMPLETE, t.number))
+
+
+def _shades(worst_first: Sequence[Trial], best: Trial | None) -> list[Any]:
+    """A colour each, darker for better ones: by rank, so that a few that went astray do not make the others alike."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    scale = LinearSegmentedColormap.from_list("", STEPS)
+    n = max(len(worst_first) - 1, 1)
+    return [BEST if t is best else scale(k / n) for k, t in enumerate(worst_first)]
+
+
+def _limit(axes: "Axes", values: Sequence[float]) -> float | None:
+    """Set the ends of the upright axis; gives the upper one where values lie beyond it."""
+    top = ceiling(values)
+    low, high = min(values), top if top is not None else max(values)
+    room = 0.08 * (high - low) or 0.05 * abs(high) or 0.05
+    axes.set_ylim(low - 1.5 * room, high + room)
+    return top
+
+
+def _marks(
+    axes: "Axes", trials: Sequence[Trial], at: Callable[[Trial], float], top: float | None, label: str, **look: Any
+) -> None:
+    """A mark each at its value, at `top` where it lies beyond."""
+    if trials:
+        y = [min(t.value if t.value is not None else math.inf, math.inf if top is None else top) for t in trials]
+        look.setdefault("linewidth", 0.8)
+        axes.scatter([at(t) for t in trials], y, label=label or None, zorder=2.5, **look)
+
+
+def _plain_numbers(axes: "Axes") -> None:
+    """Numbers along the lower axis as people write them, also on a log scale."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend(axes: "Axes") -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles, labels, frameon=False, fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1),
+                borderaxespad=0.1, handletextpad=0.4, columnspacing=1.2)  # fmt: skip

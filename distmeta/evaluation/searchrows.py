@@ -1,0 +1,187 @@
+"""What a hyperparameter search found, as plain rows: its trials, the axes of its space, and what follows from them."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from distmeta.evaluation.charts import finite
+
+Value = float | int | str | bool
+COMPLETE, PRUNED, FAILED = "complete", "pruned", "failed"
+STATES = {COMPLETE: "completed", PRUNED: "pruned", FAILED: "failed"}
+"""How a trial ends, and how it is called in a sentence."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One parameter's range: `low` to `high`, or `choices` without an order."""
+
+    name: str
+    low: float = 0.0
+    high: float = 1.0
+    log: bool = False
+    whole: bool = False
+    choices: tuple[Value, ...] = ()
+
+    def at(self, value: Value) -> float:
+        """Where a value lies, 0 at the lower end and 1 at the upper; the only one there is lies in the middle."""
+        if self.choices:
+            return self.choices.index(value) / (len(self.choices) - 1) if len(self.choices) > 1 else 0.5
+        low, high, x = (math.log(v) if self.log else float(v) for v in (self.low, self.high, float(value)))
+        return (x - low) / (high - low) if high > low else 0.5
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Values to write at the axis, and where: all choices; round numbers of a log scale; the ends."""
+        if self.choices:
+            return [(self.at(c), str(c)) for c in self.choices]
+        marks = [self.low, self.high] if self.high > self.low else [self.low]
+        if self.log and self.high > self.low:
+            base = 2 if self.whole else 10
+            ends = math.ceil(math.log(self.low, base) - 1e-9), math.floor(math.log(self.high, base) + 1e-9)
+            powers = [float(base) ** k for k in range(ends[0], ends[1] + 1)]
+            marks = powers if len(powers) > 1 else marks
+        return [(self.at(m), f"{m:g}") for m in marks]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial that has ended."""
+
+    number: int
+    run: str
+    """Name of its run directory."""
+    state: str
+    """One of STATES."""
+    value: float | None
+    """What it is judged by, less is better: of a complete trial its result, of others what they told last."""
+    params: Mapping[str, Value]
+    """Those that there was something to choose of."""
+    curve: Mapping[int, float] = field(default_factory=dict)
+    """Epoch -> what it told."""
+    epochs: int = 0
+    seconds: float | None = None
+    """In training; None where it did not tell."""
+    began: float | None = None
+    ended: float | None = None
+    """Seconds since 1970."""
+    earlier: float = 0.0
+    """Of `seconds`, about how many were in a launch that was interrupted; `began` and `ended` do not span them."""
+    source: str = ""
+    """Who asks for it, where the sampler did not choose it."""
+    default: bool = False
+    """Whether it has the method's defaults."""
+    failure: str = ""
+    deviation: float | None = None
+    """Standard deviation of its value over seeds, where it has several."""
+
+    @property
+    def spent(self) -> float:
+        """Seconds that it took: in training, or from its begin to its end where it did not tell."""
+        if finite(self.seconds):
+            return self.seconds
+        return self.ended - self.began if self.began is not None and self.ended is not None else 0.0
+
+
+@dataclass(frozen=True)
+class Search:
+    """A study as it stands."""
+
+    method: str
+    dataset: str
+    protocol: str
+    objective: str
+    """What a trial's value is, in words: `validation MAE`."""
+    axes: tuple[Axis, ...]
+    trials: tuple[Trial, ...]
+    """Those that have ended, by number."""
+    importance: Mapping[str, float] = field(default_factory=dict)
+    """Parameter -> share of what the parameters explain; empty where `unknown` says why there is none."""
+    unknown: str = ""
+    several: bool = False
+    """Whether the study has training seconds as a second objective."""
+
+    def judged(self) -> list[Trial]:
+        """Complete trials that have a number, the best first."""
+        found = [t for t in self.trials if t.state == COMPLETE and finite(t.value)]
+        return sorted(found, key=lambda t: (t.value, t.number))
+
+    @property
+    def best(self) -> Trial | None:
+        return next(iter(self.judged()), None)
+
+    @property
+    def default(self) -> Trial | None:
+        """The trial with the method's defaults; the last, where it was made again."""
+        return next((t for t in reversed(self.trials) if t.default), None)
+
+    def counts(self) -> dict[str, int]:
+        """Trials by state, each of STATES."""
+        found = Counter(t.state for t in self.trials)
+        return {state: found[state] for state in STATES}
+
+    def times(self) -> dict[str, float]:
+        """Seconds by state, each of STATES."""
+        return {state: math.fsum(t.spent for t in self.trials if t.state == state) for state in STATES}
+
+    def wall(self) -> float:
+        """Seconds in which any trial was at work; what lies between launches is not in it."""
+        spans = _spans(self.trials)
+        reached, total = -math.inf, 0.0
+        for began, ended in sorted(spans):
+            total += max(0.0, ended - max(began, reached))
+            reached = max(reached, ended)
+        return total
+
+    def slots(self) -> int:
+        """The most trials that were at work at a time."""
+        spans = _spans(self.trials)
+        # one that begins when another ends does not add to it
+        steps = sorted([(began, 1) for began, _ in spans] + [(ended, -1) for _, ended in spans])
+        now = most = 0
+        for _, step in steps:
+            now += step
+            most = max(most, now)
+        return most
+
+    def beside(self) -> float:
+        """Seconds of the slots that were not spent in trials: starting, waiting, nothing left to do."""
+        spent = math.fsum(t.spent - t.earlier for t in self.trials if t.began is not None)
+        return max(0.0, self.wall() * self.slots() - spent)
+
+
+def front(trials: Sequence[Trial]) -> list[Trial]:
+    """Complete trials than which no other is at once as good, as fast, and better in one; the fastest first."""
+    able = [t for t in trials if t.state == COMPLETE and finite(t.value) and finite(t.seconds)]
+    found: list[Trial] = []
+    for t in sorted(able, key=lambda t: (t.seconds, t.value, t.number)):
+        if not found or t.value < found[-1].value:
+            found.append(t)
+        elif (t.value, t.seconds) == (found[-1].value, found[-1].seconds):
+            found.append(t)
+    return found
+
+
+def so_far(trials: Sequence[Trial]) -> list[tuple[int, float]]:
+    """Number and value of each complete trial that was better than all before it."""
+    found: list[tuple[int, float]] = []
+    for t in trials:
+        if t.state == COMPLETE and finite(t.value) and (not found or t.value < found[-1][1]):
+            found.append((t.number, t.value))
+    return found
+
+
+def ceiling(values: Sequence[float]) -> float | None:
+    """Beyond what a picture leaves values out, so that a few that went astray do not press the others flat.
+
+    Four times as far from the lowest as the median; None where nothing lies beyond it.
+    """
+    known = sorted(values)
+    if not known:
+        return None
+    limit = known[0] + 4 * (known[len(known) // 2] - known[0])
+    return limit if known[-1] > limit > known[0] else None
+
+
+def _spans(trials: Sequence[Trial]) -> list[tuple[float, float]]:
+    return [(t.began, t.ended) for t in trials if t.began is not None and t.ended is not None]

@@ -155,13 +155,14 @@ def rows_of(study: optuna.Study, dataset: str, protocol: str) -> Search:
         dataset, protocol: names, for people.
     """
     shares, unknown = _importance(study)
+    trials = study.get_trials(deepcopy=False)
     return Search(
         method=study.study_name,
         dataset=dataset,
         protocol=protocol,
         objective="validation error",
-        axes=_axes(study.trials),
-        trials=tuple(_plain(t, study.trials) for t in study.trials if counted(t)),
+        axes=_axes(trials),
+        trials=tuple(_plain(t, trials) for t in trials if counted(t)),
         importance=shares,
         unknown=unknown,
         several=len(study.directions) > 1,

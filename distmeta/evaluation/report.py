@@ -168,6 +168,7 @@ def _tiles(evaluation: Mapping[str, Any], dataset: Dataset) -> str:
 
 
 def tiled(tiles: Sequence[tuple[str, str, str]]) -> str:
+    """A row of large numbers: name, number, and a note below it, which are HTML."""
     cells = "".join(f"<div><dt>{k}</dt><dd>{v}<small>{note}</small></dd></div>" for k, v, note in tiles)
     return f'<dl class="tiles">{cells}</dl>'
 

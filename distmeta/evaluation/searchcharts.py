@@ -5,6 +5,7 @@ its own, and what lies above `searchrows.ceiling` stands at the upper edge.
 """
 
 import math
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,7 @@ def history(found: Search) -> str | None:
         clean(axes)
         _legend(axes)
 
-    return draw(3.2, paint, "history")
+    return _draw(3.2, paint, "history")
 
 
 def curves(found: Search) -> str | None:
@@ -99,7 +100,7 @@ def curves(found: Search) -> str | None:
         clean(axes)
         _legend(axes)
 
-    return draw(3.2, paint, "curves")
+    return _draw(3.2, paint, "curves")
 
 
 def _lines(axes: "Axes", lines: Sequence[Sequence[tuple[int, float]]], state: str, width: float, colour: str) -> None:
@@ -116,43 +117,44 @@ def _lines(axes: "Axes", lines: Sequence[Sequence[tuple[int, float]]], state: st
 def parallel(found: Search) -> str | None:
     """A row a parameter, the lowest the value, and a line a trial from row to row."""
     trials = [t for t in reversed(_ranked(found.trials)) if t.params]
-    if len(trials) < 2 or not found.axes:
+    if len(trials) < 2:
         return None
     values = [t.value for t in trials if t.value is not None]
     top = ceiling(values)
     scale = Axis(found.objective, min(values), top if top is not None else max(values))
-    across = np.array([_crossings(t, found.axes, k / len(trials)) for k, t in enumerate(reversed(trials))])[::-1]
-    last = np.array([min(scale.at(v), 1.0) for v in values])
-    across = np.column_stack([across, last])
-    absent = bool((across[:, :-1] == ABSENT).any())
+    ends = [(0.0, f"{scale.low:.4f}"), (1.0, f"{scale.high:.4f}" + " or more" * (top is not None))]
+    across = [_crossings(t, found.axes, 1 - k / len(trials)) for k, t in enumerate(trials)]
+    across = np.column_stack([across, [min(scale.at(v), 1.0) for v in values]])
+    absent = bool((across == ABSENT).any())
 
     def paint(figure: "Figure") -> None:
         from matplotlib.collections import LineCollection
 
         axes = figure.subplots()
-        rows = np.broadcast_to(np.arange(across.shape[1]), across.shape)
-        lines = np.stack([across, rows], 2)
+        lines = np.stack([across, np.broadcast_to(np.arange(across.shape[1]), across.shape)], 2)
         wide = [2.4 if t is found.best else 0.7 for t in trials]
         axes.add_collection(LineCollection(list(lines), colors=_shades(trials, found.best), linewidths=wide))
         for row, axis in enumerate([*found.axes, scale]):
-            axes.plot([0, 1], [row, row], color=INK, linewidth=0.8)
-            ends = [(0.0, f"{axis.low:.4f}"), (1.0, f"{axis.high:.4f}" + " or more" * (top is not None))]
+            axes.plot([0, 1], [row, row], color=INK, linewidth=0.9)
             for at, text in ends if axis is scale else axis.ticks():
-                axes.plot([at, at], [row, row + 0.1], color=INK, linewidth=0.8)
+                axes.plot([at, at], [row, row + 0.12], color=INK, linewidth=0.9)
                 place: Any = {0.0: "left", 1.0: "right"}.get(at, "center")
-                axes.text(at, row + 0.14, text, ha=place, va="top", fontsize=7.5, color=SOFT, bbox=_PLAIN)
-            name: Any = {"fontsize": 8.5, "fontweight": "bold", "bbox": _PLAIN}
-            axes.text(0, row - 0.08, axis.name, va="bottom", color=BEST if axis is scale else INK, **name)
-        if absent:
-            axes.text(ABSENT, -0.2, "none", ha="center", va="bottom", fontsize=7.5, color=SOFT)
-        axes.set_xlim(-0.02, ABSENT + 0.05 if absent else 1.02)
-        axes.set_ylim(across.shape[1] - 0.4, -0.5)
-        axes.axis("off")
+                axes.text(at, row + 0.17, text, ha=place, va="top", fontsize=7.5, color=INK, bbox=_PLAIN)
+        for row in np.flatnonzero((across == ABSENT).any(0)):
+            axes.text(ABSENT, row + 0.17, "none", ha="center", va="top", fontsize=7.5, color=SOFT, bbox=_PLAIN)
+        names = [axis.name for axis in [*found.axes, scale]]
+        axes.set_yticks(range(len(names)), [textwrap.fill(name, 12, break_long_words=False) for name in names])
+        axes.get_yticklabels()[-1].set(fontweight="bold")
+        axes.tick_params(length=0, labelcolor=INK, labelsize=8.5, labelbottom=False)
+        axes.set_xlim(-0.03, ABSENT + 0.06 if absent else 1.03)
+        axes.set_ylim(across.shape[1] - 0.4, -0.4)
+        for side in ("left", "bottom"):
+            axes.spines[side].set_visible(False)
 
-    return draw(0.48 * across.shape[1] + 0.3, paint, "parallel")
+    return _draw(0.55 * across.shape[1] + 0.2, paint, "parallel")
 
 
-_PLAIN: Any = {"boxstyle": "square,pad=0.1", "facecolor": "white", "alpha": 0.8, "linewidth": 0}
+_PLAIN: Any = {"boxstyle": "square,pad=0.1", "facecolor": "white", "alpha": 0.85, "linewidth": 0}
 
 
 def _crossings(trial: Trial, axes: Sequence[Axis], rank: float) -> list[float]:
@@ -161,8 +163,7 @@ def _crossings(trial: Trial, axes: Sequence[Axis], rank: float) -> list[float]:
 
 def _beside(axis: Axis, value: Value, rank: float) -> float:
     """Where a value lies; of choices the trials lie beside one another, better ones (of a lower `rank`) left."""
-    spread = 0.3 / max(len(axis.choices) - 1, 1) if axis.choices else 0.0
-    return min(max(axis.at(value) + spread * (rank - 0.5), 0.0), 1.0)
+    return axis.at(value) + (0.6 * (rank - 0.5) / len(axis.choices) if axis.choices else 0.0)
 
 
 def slices(found: Search) -> str | None:
@@ -182,7 +183,7 @@ def slices(found: Search) -> str | None:
             axes.axis("off")
         figure.supylabel(found.objective, fontsize=9, color=SOFT)
 
-    return draw(1.55 * down + 0.2, paint, "slices")
+    return _draw(1.35 * down + 0.2, paint, "slices")
 
 
 def _slice(axes: "Axes", axis: Axis, trials: Sequence[Trial], best: Trial | None, top: float | None) -> None:
@@ -218,7 +219,7 @@ def importance(shares: Mapping[str, float]) -> str | None:
         _bars(axes, [(name, 100 * share, f"{100 * share:.0f} %", METHOD) for name, share in rows])
         axes.set_xlabel("% of what the parameters explain")
 
-    return draw(0.24 * len(rows) + 0.6, paint, "importance")
+    return _draw(0.24 * len(rows) + 0.6, paint, "importance")
 
 
 def pareto(found: Search) -> str | None:
@@ -239,9 +240,7 @@ def pareto(found: Search) -> str | None:
         axes.scatter(x, y, s=30, color=METHOD, label="front", zorder=3)
         _marks(axes, [t for t in able if t.default], lambda t: t.spent, top, "defaults", marker="o", s=85,
                color="none", edgecolor=INK, linewidth=1.2)  # fmt: skip
-        if len(best) <= 6:
-            for t in best:
-                axes.annotate(t.run, (t.spent, t.value or 0.0), (4, 4), textcoords="offset points", fontsize=7.5)
+        _named(axes, best)
         axes.set_ylabel(found.objective)
         axes.set_xlabel("seconds of training")
         _plain_numbers(axes)
@@ -249,7 +248,18 @@ def pareto(found: Search) -> str | None:
         clean(axes, "both")
         _legend(axes)
 
-    return draw(3.2, paint, "pareto")
+    return _draw(3.2, paint, "pareto")
+
+
+def _named(axes: "Axes", on_front: Sequence[Trial]) -> None:
+    """Each trial's run below its mark on the left, where a front leaves room; those that are too close go unnamed."""
+    low, high = axes.get_ylim()
+    last = -math.inf
+    for t in reversed(on_front):
+        if t.value is not None and t.value - last > 0.06 * (high - low):
+            last = t.value
+            axes.annotate(t.run, (t.spent, t.value), (-3, -3), textcoords="offset points", ha="right", va="top",
+                          fontsize=7.5)  # fmt: skip
 
 
 def times(found: Search) -> str | None:
@@ -267,7 +277,7 @@ def times(found: Search) -> str | None:
         _bars(axes, [(name, v, f"{_amount(v)} s, {100 * v / total:.0f} %", colour) for name, v, colour in rows])
         axes.set_xlabel("seconds")
 
-    return draw(0.26 * len(rows) + 0.6, paint, "times")
+    return _draw(0.26 * len(rows) + 0.6, paint, "times")
 
 
 def winners(rows: Sequence[tuple[str, float | None, float | None]], objective: str) -> str | None:
@@ -292,7 +302,13 @@ def winners(rows: Sequence[tuple[str, float | None, float | None]], objective: s
         clean(axes, "x")
         _legend(axes)
 
-    return draw(0.32 * len(known) + 0.9, paint, "winners")
+    return _draw(0.32 * len(known) + 0.9, paint, "winners")
+
+
+def _draw(height: float, paint: Callable[["Figure"], None], name: str) -> str:
+    """`draw` with two decimals of a point: there may be thousands of marks."""
+    svg = re.sub(r"<!--.*?-->\s*", "", draw(height, paint, name), flags=re.DOTALL)
+    return re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag.group()), svg)
 
 
 def _amount(seconds: float) -> str:
@@ -312,6 +328,7 @@ def _bars(axes: "Axes", rows: Sequence[tuple[str, float, str, str]]) -> None:
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.spines["bottom"].set_visible(False)
     axes.locator_params(axis="x", nbins=5)
+    _plain_numbers(axes)
 
 
 def _ranked(trials: Sequence[Trial]) -> list[Trial]:

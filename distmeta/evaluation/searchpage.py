@@ -10,7 +10,7 @@ from distmeta.evaluation import searchcharts
 from distmeta.evaluation.charts import finite, signed
 from distmeta.evaluation.report import figure, tiled
 from distmeta.evaluation.reproduction_page import Cell, table
-from distmeta.evaluation.searchrows import COMPLETE, FAILED, PRUNED, STATES, Search, Trial, Value, ceiling, front
+from distmeta.evaluation.searchrows import COMPLETE, FAILED, PRUNED, STATES, Search, Trial, ceiling, shown
 from distmeta.evaluation.style import PAGE, STYLE
 from distmeta.storage import Location
 
@@ -68,19 +68,20 @@ def index(searches: Sequence[Search]) -> str:
     if ahead and ahead.best:
         said = (
             f"Of {len(searches)} methods <b>{escape(ahead.method)}</b> has the lowest {escape(first.objective)},"
-            f" <b>{_value(ahead.best):.4f}</b>. Methods that were chosen on validation are compared on the test tasks,"
-            " by the report of each winner’s run."
+            f" <b>{_value(ahead.best):.4f}</b>. That is by validation, on which each was chosen; the reports of the"
+            " winners’ runs have the test."
         )
     rows = [(s.method, _value(s.best), _value(s.default) if _done(s.default) else None) for s in searches]
     drawn = searchcharts.winners(rows, first.objective)
     caption = "Filled: the best trial of each method; open: its defaults. Smaller is better."
     heads = ["", f"best {first.objective}", "its defaults", "difference", "trials", *STATES.values(), "s of training"]
-    links = "".join(f'<li><a href="{escape(s.method)}/report.html">{escape(s.method)}</a></li>' for s in searches)
+    numbers = table(heads, [_compared(s, s is ahead) for s in searches])
+    for name in (escape(s.method) for s in searches):  # a name leads to its report
+        numbers = numbers.replace(f">{name}</th>", f'><a href="{name}/report.html">{name}</a></th>')
     body = [
         _header(first.dataset, first.protocol, title, said),
         f'<section><div class="figures">{figure(drawn, "Best and defaults", caption)}</div></section>' if drawn else "",
-        f"<section><h2>Methods</h2>{table(heads, [_compared(s, s is ahead) for s in searches])}"
-        f"<p>Reports:</p><ul>{links}</ul></section>",
+        f"<section><h2>Methods</h2>{numbers}</section>",
     ]
     return PAGE.format(title=escape(title), style=STYLE, body="\n".join(body))
 
@@ -99,8 +100,8 @@ def _compared(search: Search, stands_out: bool) -> tuple[str, list[Cell]]:
     if best and default and _done(default):
         gain = signed(_value(best) - _value(default))
     cells = [
-        _shown(best),
-        _shown(default) if _done(default) else _without(default),
+        _number(best),
+        _number(default) if _done(default) else _without(default),
         gain,
         f"{len(search.trials):,}",
         *(f"{n:,}" for n in search.counts().values()),
@@ -141,15 +142,12 @@ def _against(search: Search, best: Trial) -> str:
 
 def _tiles(search: Search) -> str:
     best, default = search.best, search.default
-    on_front = front(search.trials)
     tiles = [
-        ("best", _shown(best), escape(search.objective)),
-        ("defaults", _shown(default) if _done(default) else "–", escape(_without(default))),
+        ("best", _number(best), escape(search.objective)),
+        ("defaults", _number(default) if _done(default) else "–", escape(_without(default))),
         ("trials", f"{len(search.trials):,}", f"{search.counts()[COMPLETE]:,} completed"),
         ("training", f"{sum(search.times().values()):,.0f} s", f"within {search.wall():,.0f} s"),
-        ("fastest on the front", f"{on_front[0].spent:,.0f} s" if on_front else "–",
-         f"at {_shown(on_front[0])}" if on_front else ""),
-    ]  # fmt: skip
+    ]
     return tiled(tiles)
 
 
@@ -168,7 +166,8 @@ def _pictures(search: Search) -> Iterable[tuple[str | None, str, str]]:
     )  # fmt: skip
     yield _drawn(
         searchcharts.curves(search), "Learning curves",
-        f"The lowest {escape(search.objective)} so far, by epoch. A dot: pruned there.{edge}",
+        f"The lowest {escape(search.objective)} so far, by epoch. A dot: pruned there."
+        + " Lines that begin far above are cut off." * bool(edge),
         "no trial told a value before its end.",
     )  # fmt: skip
     yield _drawn(
@@ -213,22 +212,30 @@ def _best(search: Search) -> str:
     if not top:
         return ""
     default = search.default
-    shown = [*top, default] if default and default not in top else top
-    best = [k == 0 for k in range(len(shown))]
+    told = [*top, default] if default and default not in top else top
+    best = [k == 0 for k in range(len(told))]
     facts = {
-        search.objective: [_shown(t) if _done(t) else _without(t) for t in shown],
-        "epochs": [f"{t.epochs:,}" for t in shown],
-        "s of training": [f"{t.seconds:,.1f}" if finite(t.seconds) else "–" for t in shown],
-        "from": ["defaults" if t.default else "paper" if t.source else "sampler" for t in shown],
+        search.objective: [_number(t) for t in told],
+        "epochs": [f"{t.epochs:,}" for t in told],
+        "s of training": [f"{t.seconds:,.0f}" if finite(t.seconds) else "–" for t in told],
+        "from": [_origin(t) for t in told],
     }
-    params = {a.name: [_text(t.params[a.name]) if a.name in t.params else "–" for t in shown] for a in search.axes}
+    params = {a.name: [shown(t.params[a.name]) if a.name in t.params else "–" for t in told] for a in search.axes}
     rows = [(name, list(zip(cells, best, strict=True))) for name, cells in {**facts, **params}.items()]
     papers = "".join(f"<li>{escape(t.run)}: {escape(t.source)}</li>" for t in search.trials if t.source)
-    first = f'<p class="note">Trials that were asked for before the sampler had a say:</p><ul class="note">{papers}</ul>'
+    first = (
+        f'<p class="note">Trials that were asked for before the sampler had a say:</p><ul class="note">{papers}</ul>'
+    )
     return (
-        f"<section><h2>The best {len(top):,} trials</h2>{table(['trial', *(t.run for t in shown)], rows)}"
+        f"<section><h2>The best {len(top):,} trials</h2>{table(['trial', *(t.run for t in told)], rows)}"
         f"{first if papers else ''}</section>"
     )
+
+
+def _origin(trial: Trial) -> str:
+    """Who asked for it, and how it ended where it was not completed."""
+    asked = "defaults" if trial.default else "paper" if trial.source else "sampler"
+    return asked if trial.state == COMPLETE else f"{asked}, {STATES[trial.state]}"
 
 
 def _failures(search: Search) -> str:
@@ -280,11 +287,7 @@ def _value(trial: Trial | None) -> float:
     return trial.value if trial and finite(trial.value) else float("nan")
 
 
-def _shown(trial: Trial | None) -> str:
+def _number(trial: Trial | None) -> str:
     if trial is None or not finite(trial.value):
         return "–"
     return f"{trial.value:.4f} ± {trial.deviation:.4f}" if finite(trial.deviation) else f"{trial.value:.4f}"
-
-
-def _text(value: Value) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from distmeta.evaluation.charts import finite
 
 Value = float | int | str | bool
@@ -25,23 +27,23 @@ class Axis:
     choices: tuple[Value, ...] = ()
 
     def at(self, value: Value) -> float:
-        """Where a value lies, 0 at the lower end and 1 at the upper; the only one there is lies in the middle."""
+        """Where a value lies, 0 at the lower end and 1 at the upper; each choice in the middle of a part of its own."""
         if self.choices:
-            return self.choices.index(value) / (len(self.choices) - 1) if len(self.choices) > 1 else 0.5
+            return (self.choices.index(value) + 0.5) / len(self.choices)
         low, high, x = (math.log(v) if self.log else float(v) for v in (self.low, self.high, float(value)))
         return (x - low) / (high - low) if high > low else 0.5
 
     def ticks(self) -> list[tuple[float, str]]:
         """Values to write at the axis, and where: all choices; round numbers of a log scale; the ends."""
         if self.choices:
-            return [(self.at(c), str(c)) for c in self.choices]
+            return [(self.at(c), shown(c)) for c in self.choices]
         marks = [self.low, self.high] if self.high > self.low else [self.low]
         if self.log and self.high > self.low:
             base = 2 if self.whole else 10
             ends = math.ceil(math.log(self.low, base) - 1e-9), math.floor(math.log(self.high, base) + 1e-9)
             powers = [float(base) ** k for k in range(ends[0], ends[1] + 1)]
             marks = powers if len(powers) > 1 else marks
-        return [(self.at(m), f"{m:g}") for m in marks]
+        return [(self.at(m), shown(m)) for m in marks]
 
 
 @dataclass(frozen=True)
@@ -150,14 +152,19 @@ class Search:
         return max(0.0, self.wall() * self.slots() - spent)
 
 
+def shown(value: Value) -> str:
+    """A parameter's value for people: three digits of a number that is not whole."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3g}" if isinstance(value, float) and not value.is_integer() else f"{value}".removesuffix(".0")
+
+
 def front(trials: Sequence[Trial]) -> list[Trial]:
     """Complete trials than which no other is at once as good, as fast, and better in one; the fastest first."""
     able = [t for t in trials if t.state == COMPLETE and finite(t.value) and finite(t.seconds)]
     found: list[Trial] = []
     for t in sorted(able, key=lambda t: (t.seconds, t.value, t.number)):
-        if not found or t.value < found[-1].value:
-            found.append(t)
-        elif (t.value, t.seconds) == (found[-1].value, found[-1].seconds):
+        if not found or t.value < found[-1].value or (t.value, t.seconds) == (found[-1].value, found[-1].seconds):
             found.append(t)
     return found
 
@@ -174,13 +181,14 @@ def so_far(trials: Sequence[Trial]) -> list[tuple[int, float]]:
 def ceiling(values: Sequence[float]) -> float | None:
     """Beyond what a picture leaves values out, so that a few that went astray do not press the others flat.
 
-    Four times as far from the lowest as the median; None where nothing lies beyond it.
+    Twice as far from the lowest as four of five values, or five times as far as half of them, whichever is less; None
+    where nothing lies beyond it.
     """
-    known = sorted(values)
-    if not known:
+    if not values:
         return None
-    limit = known[0] + 4 * (known[len(known) // 2] - known[0])
-    return limit if known[-1] > limit > known[0] else None
+    low, half, most, high = np.quantile(values, [0.0, 0.5, 0.8, 1.0], method="lower")
+    limit = float(low + min(2 * (most - low), 5 * (half - low)))
+    return limit if high > limit > low else None
 
 
 def _spans(trials: Sequence[Trial]) -> list[tuple[float, float]]:

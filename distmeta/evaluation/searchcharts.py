@@ -48,6 +48,8 @@ def history(found: Search) -> str | None:
     shown = [t for t in valued if t.state != FAILED]
 
     def paint(figure: "Figure") -> None:
+        from matplotlib.ticker import MaxNLocator
+
         axes = figure.subplots()
         top = _limit(axes, [t.value for t in shown if t.value is not None])
         done = [t for t in shown if t.state == COMPLETE]
@@ -69,7 +71,7 @@ def history(found: Search) -> str | None:
         axes.set_ylabel(found.objective)
         axes.set_xlabel("trial")
         axes.margins(x=0.04)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         clean(axes)
         _legend(axes)
 
@@ -107,7 +109,9 @@ def _lines(axes: "Axes", lines: Sequence[Sequence[tuple[int, float]]], state: st
     from matplotlib.collections import LineCollection
 
     if lines:
-        axes.add_collection(LineCollection(list(lines), linewidths=width, colors=colour, label=STATES[state]))
+        axes.add_collection(
+            LineCollection(list(lines), linewidths=width * _fine(len(lines)), colors=colour, label=STATES[state])
+        )
         # one point alone is no line
         single = [points[0] for points in lines if len(points) == 1]
         axes.plot(*zip(*single, strict=True), ".", color=colour, markersize=3) if single else None
@@ -132,7 +136,7 @@ def parallel(found: Search) -> str | None:
 
         axes = figure.subplots()
         lines = np.stack([across, np.broadcast_to(np.arange(across.shape[1]), across.shape)], 2)
-        wide = [2.4 if t is found.best else 0.7 for t in trials]
+        wide = [2.4 if t is found.best else 0.8 * _fine(len(trials)) for t in trials]
         axes.add_collection(LineCollection(list(lines), colors=_shades(trials, found.best), linewidths=wide))
         for row, axis in enumerate([*found.axes, scale]):
             axes.plot([0, 1], [row, row], color=INK, linewidth=0.9)
@@ -195,7 +199,7 @@ def _slice(axes: "Axes", axis: Axis, trials: Sequence[Trial], best: Trial | None
         colours = [shades[t.number] for t in group]
         look: Any = {"color": "white", "edgecolor": colours, "s": 10} if state == PRUNED else {"c": colours, "s": 15}
         _marks(axes, group, lambda t: _beside(axis, t.params[axis.name], ranks[t.number]), top, "", **look)
-    if best and axis.name in best.params:
+    if best and best.value is not None and axis.name in best.params:
         at = _beside(axis, best.params[axis.name], ranks[best.number])
         axes.scatter([at], [best.value], s=70, color="none", edgecolor=BEST, linewidth=1.6)
     ticks = axis.ticks()
@@ -235,7 +239,7 @@ def pareto(found: Search) -> str | None:
         far = max(t.spent for t in able) / max(min(t.spent for t in able), 1e-9) > 20
         axes.set_xscale("log" if far and min(t.spent for t in able) > 0 else "linear")
         _marks(axes, able, lambda t: t.spent, top, "completed", color=OTHER, s=16)
-        x, y = [t.spent for t in best], [t.value for t in best]
+        x, y = zip(*((t.spent, t.value) for t in best if t.value is not None), strict=True)
         axes.step(x, y, where="post", color=METHOD, linewidth=1.2, zorder=1.5)
         axes.scatter(x, y, s=30, color=METHOD, label="front", zorder=3)
         _marks(axes, [t for t in able if t.default], lambda t: t.spent, top, "defaults", marker="o", s=85,
@@ -288,12 +292,13 @@ def winners(rows: Sequence[tuple[str, float | None, float | None]], objective: s
 
     def paint(figure: "Figure") -> None:
         axes = figure.subplots()
-        for at, (_, best, default) in enumerate(known):
-            if finite(default):
-                axes.plot([best, default], [at, at], color=OTHER, linewidth=2.5, zorder=1)
-                axes.plot(default, at, "o", color=INK, markerfacecolor="white", markersize=7,
-                          label="defaults" if at == 0 else None)  # fmt: skip
-            axes.plot(best, at, "o", color=BEST, markersize=6, label="best" if at == 0 else None)
+        both = [(at, best, default) for at, (_, best, default) in enumerate(known) if finite(default)]
+        for at, best, default in both:
+            axes.plot([best, default], [at, at], color=OTHER, linewidth=2.5, zorder=1)
+        if both:
+            axes.plot([d for *_, d in both], [at for at, *_ in both], "o", color=INK, markerfacecolor="white",
+                      markersize=7, label="defaults")  # fmt: skip
+        axes.plot([best for _, best, _ in known], range(len(known)), "o", color=BEST, markersize=6, label="best")
         axes.set_yticks(range(len(known)), [name for name, _, _ in known])
         axes.tick_params(axis="y", labelcolor=INK)
         axes.set_ylim(len(known) - 0.5, -0.5)
@@ -343,7 +348,12 @@ def _shades(worst_first: Sequence[Trial], best: Trial | None) -> list[Any]:
 
     scale = LinearSegmentedColormap.from_list("", STEPS)
     n = max(len(worst_first) - 1, 1)
-    return [BEST if t is best else scale(k / n) for k, t in enumerate(worst_first)]
+    return [BEST if t is best else scale((k / n) ** 2) for k, t in enumerate(worst_first)]
+
+
+def _fine(n: int) -> float:
+    """What to multiply the width of lines with where there are many."""
+    return min(1.0, math.sqrt(60 / n))
 
 
 def _limit(axes: "Axes", values: Sequence[float]) -> float | None:
@@ -361,7 +371,8 @@ def _marks(
     """A mark each at its value, at `top` where it lies beyond."""
     if trials:
         y = [min(t.value if t.value is not None else math.inf, math.inf if top is None else top) for t in trials]
-        look.setdefault("linewidth", 0.8)
+        # nothing lies outside, and clipping takes much room in a file
+        look = {"linewidth": 0.8, "clip_on": False, **look}
         axes.scatter([at(t) for t in trials], y, label=label or None, zorder=2.5, **look)
 
 

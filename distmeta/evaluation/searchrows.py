@@ -161,10 +161,16 @@ def shown(value: Value) -> str:
 
 def front(trials: Sequence[Trial]) -> list[Trial]:
     """Complete trials than which no other is at once as good, as fast, and better in one; the fastest first."""
-    able = [t for t in trials if t.state == COMPLETE and finite(t.value) and finite(t.seconds)]
+    able = [
+        (t.seconds, t.value, t.number, t)
+        for t in trials
+        if t.state == COMPLETE and finite(t.value) and finite(t.seconds)
+    ]
     found: list[Trial] = []
-    for t in sorted(able, key=lambda t: (t.seconds, t.value, t.number)):
-        if not found or t.value < found[-1].value or (t.value, t.seconds) == (found[-1].value, found[-1].seconds):
+    last = (math.inf, math.inf)
+    for seconds, value, _, t in sorted(able, key=lambda each: each[:3]):
+        if value < last[1] or (seconds, value) == last:
+            last = seconds, value
             found.append(t)
     return found
 

@@ -230,6 +230,8 @@ def _importance(study: optuna.Study) -> tuple[dict[str, float], str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a target: it is made small, as it should be
         shares = optuna.importance.get_param_importances(study, evaluator=evaluator, target=lambda t: t.values[0])
-    if len(set(shares.values())) <= 1 < len(shares):
+    if len(shares) < 2:
+        return {}, "there is one parameter alone."
+    if len(set(shares.values())) == 1:
         return {}, "the completed trials that are among the best do not differ from the others."
     return dict(shares), ""

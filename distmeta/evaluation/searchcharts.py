@@ -41,11 +41,10 @@ ACROSS = 2
 
 def history(found: Search) -> str | None:
     """Each trial's value against its number, and the best so far."""
-    valued = [t for t in found.trials if finite(t.value)]
-    if not valued:
+    shown = sorted(_ranked(found.trials), key=lambda t: t.number)
+    if not shown:
         return None
-    failed = [t for t in found.trials if t.state == FAILED or not finite(t.value)]
-    shown = [t for t in valued if t.state != FAILED]
+    failed = [t for t in found.trials if t.state == FAILED or (t.state == COMPLETE and not finite(t.value))]
 
     def paint(figure: "Figure") -> None:
         from matplotlib.ticker import MaxNLocator

@@ -176,10 +176,10 @@ def test_importance_finds_what_decides():
 
 
 def test_the_front_is_that_of_brute_force():
-    rng = random.Random(1)
+    rng, errors = random.Random(1), (0.1, 0.2, 0.3, None, math.inf)
     for _ in range(60):
         trials = [
-            Trial(k, "", rng.choice(("complete", "complete", "pruned", "failed")), rng.choice((0.1, 0.2, 0.3, None, math.inf)),
+            Trial(k, "", rng.choice(("complete", "complete", "pruned", "failed")), rng.choice(errors),
                   {}, seconds=rng.choice((1, 2, 3, 4, 5, 6, None)))
             for k in range(rng.randint(0, 14))
         ]  # fmt: skip
@@ -316,7 +316,7 @@ def test_files_of_a_search_of_several_methods(tmp_path: Path):
     for name, errors in (("melu", (0.8, 0.75)), ("hml", (0.78, 0.72)), ("mamo", ())):
         made = study(name, storage=storage)
         for error in errors:
-            source = {"source": spaces.DEFAULTS} if error == errors[0] else {}
+            source: dict[str, Any] = {"source": spaces.DEFAULTS} if error == errors[0] else {}
             add(made, TrialState.COMPLETE, [error], [error], seconds=7.0, **source)
         (out / name).make_dir()
         search_study.write_pages(made, out, ["melu", "hml", "mamo", "paml"], "films", "melu")

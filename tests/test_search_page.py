@@ -3,7 +3,6 @@
 import math
 import random
 import re
-from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from distmeta.evaluation.searchrows import Axis, Search, Trial, ceiling, front, 
 from distmeta.storage import Location
 from tune import spaces
 
-BEGIN = datetime(2026, 3, 1, tzinfo=UTC).replace(tzinfo=None)
 RANGES = {
     "lr": FloatDistribution(1e-4, 1e-1, log=True),
     "encoder": CategoricalDistribution(("mean", "gru")),
@@ -37,7 +35,9 @@ PICTURES = [
 
 def study(name: str = "melu", goals: int = 1, storage: JournalStorage | None = None) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.create_study(study_name=name, directions=["minimize"] * goals, storage=storage)
+    made = optuna.create_study(study_name=name, directions=["minimize"] * goals, storage=storage)
+    made.set_user_attr("metric", "mae")
+    return made
 
 
 def add(
@@ -46,23 +46,21 @@ def add(
     values: list[float] | None = None,
     told: list[float] | None = None,
     params: dict[str, Any] | None = None,
-    span: tuple[float, float] = (0.0, 10.0),
     ranges: dict[str, Any] = RANGES,
     **attrs: Any,
 ) -> None:
-    """A trial that worked from span[0] to span[1] seconds after BEGIN."""
+    """A trial that has ended."""
     params = {"lr": 1e-3} if params is None else params
     attrs = {"run": f"{len(to.get_trials(deepcopy=False)):04d}", **attrs}
     trial = create_trial(
         state=state, values=values, params=params, distributions={k: ranges[k] for k in params},
         user_attrs=attrs, intermediate_values=dict(enumerate(told or [], 1)),
     )  # fmt: skip
-    trial.datetime_start, trial.datetime_complete = (BEGIN + timedelta(seconds=s) for s in span)
     to.add_trial(trial)
 
 
 def rich(n: int = 40, ranges: dict[str, Any] = RANGES) -> optuna.Study:
-    """`lr` alone decides; defaults and paper first; every fifth pruned, every ninth failed; two at a time."""
+    """`lr` alone decides; defaults and paper first; every fifth pruned, every ninth failed."""
     rng, made = random.Random(0), study()
     for k in range(n):
         lr = 10 ** rng.uniform(-4, -1)
@@ -73,7 +71,7 @@ def rich(n: int = 40, ranges: dict[str, Any] = RANGES) -> optuna.Study:
         told = [value + 0.2 / e for e in range(1, 30)] + [value]
         source = {0: spaces.DEFAULTS, 1: "paper <1> & sons"}.get(k)
         more: dict[str, Any] = {"source": source} if source else {}
-        more |= {"params": params, "span": (k // 2 * 60.0, k // 2 * 60.0 + 50 + k % 2), "ranges": ranges}
+        more |= {"params": params, "ranges": ranges}
         if k > 1 and k % 9 == 0:
             add(made, TrialState.FAIL, failure="loss is NaN <b>in</b> epoch 3", **more)
         elif k > 1 and k % 5 == 0:
@@ -117,7 +115,7 @@ class Page(HTMLParser):
 
 
 def of(made: optuna.Study) -> Search:
-    return search_study.rows_of(made, "films & books", "melu")
+    return search_study.rows_of(made, "films & books", "melu", 2)
 
 
 def test_the_page_says_what_the_study_has():
@@ -126,11 +124,11 @@ def test_the_page_says_what_the_study_has():
     done = [t for t in made.trials if t.state == TrialState.COMPLETE]
     pruned = [t for t in made.trials if t.state == TrialState.PRUNED]
     failed = [t for t in made.trials if t.state == TrialState.FAIL]
-    seconds = sum(t.user_attrs.get("seconds", 50 + t.number % 2) for t in made.trials)
+    seconds = sum(t.user_attrs.get("seconds", 0.0) for t in made.trials)
     best, default = made.best_trial, made.trials[0]
     assert default.value is not None
     assert (
-        f"The best trial, {best.user_attrs['run']}, has a validation error of {best.value:.4f} ,"
+        f"The best trial, {best.user_attrs['run']}, has a validation mae of {best.value:.4f} ,"
         f" {default.value - made.best_value:.4f} lower than the method’s defaults ({default.value:.4f})."
         f" Of 40 trials {len(done)} were completed, {len(pruned)} were pruned and {len(failed)} failed,"
         f" in {seconds:,.0f} s of training."
@@ -195,40 +193,30 @@ def test_the_front_is_that_of_brute_force():
         assert [t.seconds for t in front(trials)] == sorted(t.seconds for t in front(trials) if t.seconds)
 
 
-def test_time_at_work_is_that_of_counting_seconds():
-    """A second at a time: how many trials were at work, launches with a gap between them, idle slots at the end."""
-    rng = random.Random(2)
-    for _ in range(30):
-        spans = [(s, s + rng.randint(1, 9)) for s in (rng.choice((0, 100)) + rng.randint(0, 20) for _ in range(8))]
-        trials = [
-            Trial(k, "", ("complete", "pruned", "failed")[k % 3], 0.5, {}, began=b, ended=e,
-                  seconds=0.5 * (e - b) if k % 3 < 2 else None)
-            for k, (b, e) in enumerate(spans)
-        ]  # fmt: skip
-        found = Search("melu", "", "", "error", (), tuple(trials))
-        busy = [sum(b <= second < e for b, e in spans) for second in range(130)]
-        assert (found.wall(), found.slots()) == (sum(n > 0 for n in busy), max(busy))
-        spent = [e - b if k % 3 == 2 else 0.5 * (e - b) for k, (b, e) in enumerate(spans)]
-        assert found.times() == {s: sum(spent[k::3]) for k, s in enumerate(("complete", "pruned", "failed"))}
-        assert found.beside() == pytest.approx(found.wall() * max(busy) - sum(spent))
-
-
-def test_what_a_killed_launch_has_trained_is_not_taken_for_time_of_the_next():
-    """30 of 40 epochs before the kill, whose process nobody saw end; the next launch reports all 40 again."""
+def test_where_the_time_went():
+    """Launches of 6 and 4 CPUs, two a trial: room for 3 and 2 trials; one trial is still to be gone on with."""
     made = study()
-    add(made, TrialState.FAIL, told=[0.8] * 30, span=(0, 9999), continued=True, run="0000")
-    add(made, TrialState.COMPLETE, [0.7], [0.7] * 40, span=(10000, 10012), seconds=40.0, run="0000")
+    for k, state in enumerate((TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL) * 2):
+        add(made, state, [0.5] if state == TrialState.COMPLETE else None, [0.5], seconds=10.0 + k)
+    add(made, TrialState.FAIL)
+    made.ask().set_user_attr("seconds", 4.0)
+    assert (of(made).beside(), of(made).unfinished) == (None, 4.0)
+    assert "beside training" not in Page(searchpage.page(of(made))).text
+    made.set_user_attr("launches", [{"seconds": 20.0, "cpus": 6.0}, {"seconds": 30.5, "cpus": 4.0}])
     found = of(made)
-    assert [t.run for t in found.trials] == ["0000"]
-    assert found.counts()["failed"] == 0
-    assert (found.wall(), found.slots(), found.times()["complete"]) == (12, 1, 40)
-    assert found.beside() == pytest.approx(12 - 10)
+    assert found.times() == {"complete": 23, "pruned": 25, "failed": 27}
+    assert (found.trained(), found.beside()) == (79, 20 * 3 + 30.5 * 2 - 79)
+    text = Page(searchpage.page(found)).text
+    bars = "".join(Page(searchpage.page(found)).pictures[-1].itertext())
+    assert [s for s in ("23 s, 19 %", "25 s, 21 %", "27 s, 22 %", "4.0 s, 3 %", "42 s, 35 %") if s not in bars] == []
+    assert "in 79 s of training" in text
+    assert "in 50 s" in text
 
 
 def test_several_seeds_and_two_goals():
     made = study(goals=2)
-    for k, (error, seconds) in enumerate([(0.7, 30.0), (0.8, 10.0), (0.9, 20.0)]):
-        add(made, TrialState.COMPLETE, [error, seconds], seconds=seconds, deviation=0.0123, span=(0, 10 * k + 5))
+    for error, seconds in [(0.7, 30.0), (0.8, 10.0), (0.9, 20.0)]:
+        add(made, TrialState.COMPLETE, [error, seconds], seconds=seconds, deviation=0.0123)
     found = of(made)
     text = Page(searchpage.page(found)).text
     assert [t.number for t in front(found.trials)] == [t.number for t in reversed(made.best_trials)] == [1, 0]
@@ -247,7 +235,7 @@ def one(made: optuna.Study) -> None:
 
 def all_failed(made: optuna.Study) -> None:
     for _ in range(25):
-        add(made, TrialState.FAIL, told=[0.9, 0.8], failure=f"reason {len(made.trials)}")
+        add(made, TrialState.FAIL, told=[0.9, 0.8], seconds=2.0, failure=f"reason {len(made.trials)}")
 
 
 def endless(made: optuna.Study) -> None:
@@ -263,18 +251,22 @@ def choices_alone(made: optuna.Study) -> None:
 
 
 def alike(made: optuna.Study) -> None:
-    for k in range(12):
-        add(made, TrialState.COMPLETE, [0.7], [0.7], {"lr": 1e-3, "steps": 3}, seconds=5.0, span=(5 * k, 5 * k + 5))
+    for _ in range(12):
+        add(made, TrialState.COMPLETE, [0.7], [0.7], {"lr": 1e-3, "steps": 3}, seconds=5.0)
 
 
 @pytest.mark.parametrize(
     ("make", "drawn", "sentences"),
     [
         (nothing, 0, ["No trial was completed, so there is no best one. None has ended.", "it takes two trials"]),
-        (one, 5, ["those are the method’s defaults", "1 completed trials are too few to tell", "Of 1 trial 1 was"]),
+        (
+            one,
+            5,
+            ["those are the method’s defaults", "it takes 10 completed trials, and there are 1", "Of 1 trial 1 was"],
+        ),
         (all_failed, 2, ["no trial has a value", "reason 0", "25 failed", "5 more reasons are in trials.parquet"]),
-        (endless, 1, ["No trial was completed", "12 were completed", "no completed trial told its seconds"]),
-        (choices_alone, 7, ["encoder", "0.7000"]),
+        (endless, 0, ["No trial was completed", "12 were completed", "no completed trial told its seconds"]),
+        (choices_alone, 6, ["no trial told its seconds", "encoder", "0.7000"]),
         (alike, 6, ["do not differ from the others", "0.7000"]),
     ],
 )
@@ -319,7 +311,7 @@ def test_files_of_a_search_of_several_methods(tmp_path: Path):
             source: dict[str, Any] = {"source": spaces.DEFAULTS} if error == errors[0] else {}
             add(made, TrialState.COMPLETE, [error], [error], seconds=7.0, **source)
         (out / name).make_dir()
-        search_study.write_pages(made, out, ["melu", "hml", "mamo", "paml"], "films", "melu")
+        search_study.write_pages(made, out, ["melu", "hml", "mamo", "paml"], "films", "melu", 2)
     page = Page(text := (tmp_path / "index.html").read_text())
     assert page.outside == ["melu/report.html", "hml/report.html", "mamo/report.html"]
     assert all((tmp_path / place).exists() for place in page.outside)
@@ -328,9 +320,9 @@ def test_files_of_a_search_of_several_methods(tmp_path: Path):
         ["0.7500", "0.8000", "−0.0500"], ["<b>0.7200</b>", "0.7800", "−0.0600"], ["–", "not tried", "–"],
     ]  # fmt: skip
     assert [row[-1] for row in rows] == ["14", "14", "0"]
-    assert "Of 3 methods hml has the lowest validation error, 0.7200" in page.text
+    assert "Of 3 methods hml has the lowest validation mae, 0.7200" in page.text
 
     one_method = Location.of(tmp_path / "one")
     (one_method / "melu").make_dir()
-    search_study.write_pages(rich(3), one_method, ["melu"], "films", "melu")
+    search_study.write_pages(rich(3), one_method, ["melu"], "films", "melu", 2)
     assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["melu"]

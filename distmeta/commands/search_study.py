@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from distmeta import config as config_module
 from distmeta.errors import RunError
 from distmeta.evaluation import searchpage
-from distmeta.evaluation.searchrows import Axis, Search
+from distmeta.evaluation.searchrows import Axis, Launch, Search
 from distmeta.evaluation.searchrows import Trial as Row
 from distmeta.parallel import rundir
 from distmeta.parallel.trials import counted
@@ -134,70 +134,65 @@ def write_best(study: optuna.Study, where: Location) -> FrozenTrial:
     return best
 
 
-def write_pages(study: optuna.Study, out: Location, methods: Sequence[str], dataset: str, protocol: str) -> None:
+def write_pages(
+    study: optuna.Study, out: Location, methods: Sequence[str], dataset: str, protocol: str, threads: int
+) -> None:
     """OUT/METHOD/report.html of a study, and OUT/index.html where the search has several methods.
 
     Args:
         methods: all of the search; of those that have no study yet there is nothing in the index.
+        dataset, protocol, threads: as of `rows_of`.
     """
-    searchpage.write(rows_of(study, dataset, protocol), out / study.study_name)
+    searchpage.write(rows_of(study, dataset, protocol, threads), out / study.study_name)
     if len(methods) > 1:
         storage = study._storage
         begun = {s.study_name for s in storage.get_all_studies()}
         studies = [optuna.load_study(study_name=m, storage=storage) for m in methods if m in begun]
-        searchpage.write_index([rows_of(s, dataset, protocol) for s in studies], out)
+        searchpage.write_index([rows_of(s, dataset, protocol, threads) for s in studies], out)
 
 
-def rows_of(study: optuna.Study, dataset: str, protocol: str) -> Search:
+def rows_of(study: optuna.Study, dataset: str, protocol: str, threads: int) -> Search:
     """A study as the rows that its report is drawn from.
 
     Args:
         dataset, protocol: names, for people.
+        threads: CPUs of a trial.
     """
     shares, unknown = _importance(study)
     trials = study.get_trials(deepcopy=False)
+    judged = study.user_attrs.get("metric", "error")
     return Search(
         method=study.study_name,
         dataset=dataset,
         protocol=protocol,
-        objective="validation error",
+        objective=f"1 − {judged.capitalize()}" if "recall" in judged else f"validation {judged}",
         axes=_axes(trials),
-        trials=tuple(_plain(t, trials) for t in trials if counted(t)),
+        trials=tuple(_plain(t) for t in trials if counted(t)),
         importance=shares,
         unknown=unknown,
+        launches=tuple(Launch(x["seconds"], x["cpus"] // threads) for x in study.user_attrs.get("launches", [])),
+        unfinished=sum(t.user_attrs.get("seconds", 0.0) for t in trials if not t.state.is_finished()),
         several=len(study.directions) > 1,
     )
 
 
-def _plain(trial: FrozenTrial, others: Sequence[FrozenTrial]) -> Row:
-    told, seconds = trial.intermediate_values, trial.user_attrs.get("seconds")
-    run = trial.user_attrs.get("run") or f"{trial.number:04d}"
-    value = trial.values[0] if trial.values else told[max(told)] if told else None
-    before = [max(t.intermediate_values, default=0) for t in others if t.number < trial.number and _same(t, run)]
-    share = min(max(before, default=0) / max(told, default=1), 1.0)
-    source = trial.user_attrs.get("source", "")
+def _plain(trial: FrozenTrial) -> Row:
+    told, attrs = trial.intermediate_values, trial.user_attrs
+    source = attrs.get("source", "")
     return Row(
         number=trial.number,
-        run=run,
+        run=attrs.get("run") or f"{trial.number:04d}",
         state=_STATES[trial.state],
-        value=value,
+        value=trial.values[0] if trial.values else told[max(told)] if told else None,
         params=trial.params,
         curve=told,
-        epochs=max(told, default=0),
-        seconds=seconds,
-        began=trial.datetime_start.timestamp() if trial.datetime_start else None,
-        ended=trial.datetime_complete.timestamp() if trial.datetime_complete else None,
-        earlier=share * (seconds or 0.0),
+        epochs=attrs.get("epochs", max(told, default=0)),
+        seconds=attrs.get("seconds"),
         source=source,
         default=source == spaces.DEFAULTS,
-        failure=trial.user_attrs.get("failure", ""),
-        deviation=trial.user_attrs.get("deviation"),
+        failure=attrs.get("failure", ""),
+        deviation=attrs.get("deviation"),
     )
-
-
-def _same(trial: FrozenTrial, run: str) -> bool:
-    """Whether an interrupted trial is that which the trial of `run` goes on with."""
-    return "continued" in trial.user_attrs and (trial.user_attrs.get("run") or f"{trial.number:04d}") == run
 
 
 _STATES = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
@@ -224,7 +219,7 @@ def _importance(study: optuna.Study) -> tuple[dict[str, float], str]:
     """Each parameter's share, or why nothing can be said of it."""
     values = [t.values[0] for t in study.get_trials(states=(TrialState.COMPLETE,)) if math.isfinite(t.values[0])]
     if len(values) < ENOUGH:
-        return {}, f"{len(values)} completed trials are too few to tell; it takes {ENOUGH}."
+        return {}, f"it takes {ENOUGH} completed trials, and there are {len(values)}."
     # its authors want five trials among the best
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=max(0.1, 5 / len(values)))
     with warnings.catch_warnings():

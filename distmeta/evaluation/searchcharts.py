@@ -227,21 +227,22 @@ def importance(shares: Mapping[str, float]) -> str | None:
 
 def pareto(found: Search) -> str | None:
     """Value against seconds of training, of complete trials, and those on the front."""
-    able = [t for t in found.judged() if finite(t.seconds)]
+    able = [(t, t.seconds, t.value) for t in found.judged() if finite(t.seconds) and finite(t.value)]
     if not able:
         return None
-    best = front(able)
+    took = {t.number: seconds for t, seconds, _ in able}
+    best = front(found.trials)
 
     def paint(figure: "Figure") -> None:
         axes = figure.subplots()
-        top = _limit(axes, [t.value for t in able if t.value is not None])
-        far = max(t.spent for t in able) / max(min(t.spent for t in able), 1e-9) > 20
-        axes.set_xscale("log" if far and min(t.spent for t in able) > 0 else "linear")
-        _marks(axes, able, lambda t: t.spent, top, "completed", color=OTHER, s=16)
-        x, y = zip(*((t.spent, t.value) for t in best if t.value is not None), strict=True)
+        top = _limit(axes, [value for *_, value in able])
+        fastest, slowest = min(took.values()), max(took.values())
+        axes.set_xscale("log" if slowest > 20 * fastest > 0 else "linear")
+        _marks(axes, [t for t, *_ in able], lambda t: took[t.number], top, "completed", color=OTHER, s=16)
+        x, y = zip(*((t.seconds, t.value) for t in best if finite(t.seconds) and finite(t.value)), strict=True)
         axes.step(x, y, where="post", color=METHOD, linewidth=1.2, zorder=1.5)
         axes.scatter(x, y, s=30, color=METHOD, label="front", zorder=3)
-        _marks(axes, [t for t in able if t.default], lambda t: t.spent, top, "defaults", marker="o", s=85,
+        _marks(axes, [t for t, *_ in able if t.default], lambda t: took[t.number], top, "defaults", marker="o", s=85,
                color="none", edgecolor=INK, linewidth=1.2)  # fmt: skip
         _named(axes, best)
         axes.set_ylabel(found.objective)
@@ -259,21 +260,23 @@ def _named(axes: "Axes", on_front: Sequence[Trial]) -> None:
     low, high = axes.get_ylim()
     last = -math.inf
     for t in reversed(on_front):
-        if t.value is not None and t.value - last > 0.06 * (high - low):
+        if t.value is not None and t.seconds is not None and t.value - last > 0.06 * (high - low):
             last = t.value
-            axes.annotate(t.run, (t.spent, t.value), (-3, -3), textcoords="offset points", ha="right", va="top",
+            axes.annotate(t.run, (t.seconds, t.value), (-3, -3), textcoords="offset points", ha="right", va="top",
                           fontsize=7.5)  # fmt: skip
 
 
 def times(found: Search) -> str | None:
-    """How long trials of each state took, and what was spent beside training."""
-    spent = found.times()
+    """How long trials of each state were trained, and what went by beside training."""
+    rows = [
+        (f"{STATES[s]} ({found.counts()[s]})", v, METHOD if s == COMPLETE else SOFT) for s, v in found.times().items()
+    ]
+    rows += [("not ended", found.unfinished, SOFT)] if found.unfinished else []
     beside = found.beside()
-    total = math.fsum([*spent.values(), beside])
+    rows += [("beside training", beside, OTHER)] if beside is not None else []
+    total = math.fsum(v for _, v, _ in rows)
     if not total > 0:
         return None
-    rows = [(f"{STATES[s]} ({found.counts()[s]})", spent[s], METHOD if s == COMPLETE else SOFT) for s in STATES]
-    rows.append(("beside training", beside, OTHER))
 
     def paint(figure: "Figure") -> None:
         axes = figure.subplots()

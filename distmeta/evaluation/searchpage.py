@@ -105,7 +105,7 @@ def _compared(search: Search, stands_out: bool) -> tuple[str, list[Cell]]:
         gain,
         f"{len(search.trials):,}",
         *(f"{n:,}" for n in search.counts().values()),
-        f"{sum(search.times().values()):,.0f}",
+        f"{search.trained():,.0f}",
     ]
     return search.method, [(text, stands_out and k == 0) for k, text in enumerate(cells)]
 
@@ -116,7 +116,7 @@ def _compared(search: Search, stands_out: bool) -> tuple[str, list[Cell]]:
 
 def _said(search: Search) -> str:
     """Best value, against the defaults, trials by state, seconds."""
-    counts, spent = search.counts(), sum(search.times().values())
+    counts, spent = search.counts(), search.trained()
     told = [f"{counts[s]:,} {'was' if counts[s] == 1 else 'were'} {name}" for s, name in STATES.items() if s != FAILED]
     told.append(f"{counts[FAILED]:,} failed")
     n = len(search.trials)
@@ -142,11 +142,12 @@ def _against(search: Search, best: Trial) -> str:
 
 def _tiles(search: Search) -> str:
     best, default = search.best, search.default
+    wall = sum(x.seconds for x in search.launches)
     tiles = [
         ("best", _number(best), escape(search.objective)),
         ("defaults", _number(default) if _done(default) else "–", escape(_without(default))),
         ("trials", f"{len(search.trials):,}", f"{search.counts()[COMPLETE]:,} completed"),
-        ("training", f"{sum(search.times().values()):,.0f} s", f"within {search.wall():,.0f} s"),
+        ("training", f"{search.trained():,.0f} s", f"in {wall:,.0f} s" if wall else ""),
     ]
     return tiled(tiles)
 
@@ -168,7 +169,7 @@ def _pictures(search: Search) -> Iterable[tuple[str | None, str, str]]:
         searchcharts.curves(search), "Learning curves",
         f"The lowest {escape(search.objective)} so far, by epoch. A dot: pruned there."
         + " Lines that begin far above are cut off." * bool(edge),
-        "no trial told a value before its end.",
+        "of two objectives Optuna keeps none." if search.several else "no trial told a value before its end.",
     )  # fmt: skip
     yield _drawn(
         searchcharts.parallel(search), "Parameters together",
@@ -193,8 +194,10 @@ def _pictures(search: Search) -> Iterable[tuple[str | None, str, str]]:
     )  # fmt: skip
     yield _drawn(
         searchcharts.times(search), "Time by state",
-        f"Beside training: {search.slots()} at a time × {search.wall():,.0f} s in which trials ran, less training. A"
-        " failed trial counts from begin to end where it did not tell.", "no trial told its seconds.",
+        "Seconds in which trials were trained"
+        + ("." if search.beside() is None else ", and beside that: what there was room for, less training: starting,"
+           " proposing, waiting for the last trial, epochs that a kill undid."),
+        "no trial told its seconds.",
     )  # fmt: skip
 
 

@@ -64,11 +64,6 @@ class Trial:
     epochs: int = 0
     seconds: float | None = None
     """In training; None where it did not tell."""
-    began: float | None = None
-    ended: float | None = None
-    """Seconds since 1970."""
-    earlier: float = 0.0
-    """Of `seconds`, about how many were in a launch that was interrupted; `began` and `ended` do not span them."""
     source: str = ""
     """Who asks for it, where the sampler did not choose it."""
     default: bool = False
@@ -77,12 +72,14 @@ class Trial:
     deviation: float | None = None
     """Standard deviation of its value over seeds, where it has several."""
 
-    @property
-    def spent(self) -> float:
-        """Seconds that it took: in training, or from its begin to its end where it did not tell."""
-        if finite(self.seconds):
-            return self.seconds
-        return self.ended - self.began if self.began is not None and self.ended is not None else 0.0
+
+@dataclass(frozen=True)
+class Launch:
+    """From a start of the search to its end, or to when it was last seen."""
+
+    seconds: float
+    slots: float
+    """Trials that there was room for at a time."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +97,9 @@ class Search:
     importance: Mapping[str, float] = field(default_factory=dict)
     """Parameter -> share of what the parameters explain; empty where `unknown` says why there is none."""
     unknown: str = ""
+    launches: tuple[Launch, ...] = ()
+    unfinished: float = 0.0
+    """Seconds of training of trials that have not ended."""
     several: bool = False
     """Whether the study has training seconds as a second objective."""
 
@@ -123,33 +123,22 @@ class Search:
         return {state: found[state] for state in STATES}
 
     def times(self) -> dict[str, float]:
-        """Seconds by state, each of STATES."""
-        return {state: math.fsum(t.spent for t in self.trials if t.state == state) for state in STATES}
+        """Seconds of training by state, each of STATES."""
+        known = [(t.state, t.seconds) for t in self.trials if finite(t.seconds)]
+        return {state: math.fsum(seconds for s, seconds in known if s == state) for state in STATES}
 
-    def wall(self) -> float:
-        """Seconds in which any trial was at work; what lies between launches is not in it."""
-        spans = _spans(self.trials)
-        reached, total = -math.inf, 0.0
-        for began, ended in sorted(spans):
-            total += max(0.0, ended - max(began, reached))
-            reached = max(reached, ended)
-        return total
+    def trained(self) -> float:
+        """Seconds of training of all trials."""
+        return math.fsum([*self.times().values(), self.unfinished])
 
-    def slots(self) -> int:
-        """The most trials that were at work at a time."""
-        spans = _spans(self.trials)
-        # one that begins when another ends does not add to it
-        steps = sorted([(began, 1) for began, _ in spans] + [(ended, -1) for _, ended in spans])
-        now = most = 0
-        for _, step in steps:
-            now += step
-            most = max(most, now)
-        return most
+    def beside(self) -> float | None:
+        """Seconds that there was room for trials and none was trained: starting, proposing, waiting for the last.
 
-    def beside(self) -> float:
-        """Seconds of the slots that were not spent in trials: starting, waiting, nothing left to do."""
-        spent = math.fsum(t.spent - t.earlier for t in self.trials if t.began is not None)
-        return max(0.0, self.wall() * self.slots() - spent)
+        None where no launch was recorded.
+        """
+        if not self.launches:
+            return None
+        return max(0.0, math.fsum(x.seconds * x.slots for x in self.launches) - self.trained())
 
 
 def shown(value: Value) -> str:
@@ -195,7 +184,3 @@ def ceiling(values: Sequence[float]) -> float | None:
     low, half, most, high = np.quantile(values, [0.0, 0.5, 0.8, 1.0], method="lower")
     limit = float(low + min(2 * (most - low), 5 * (half - low)))
     return limit if high > limit > low else None
-
-
-def _spans(trials: Sequence[Trial]) -> list[tuple[float, float]]:
-    return [(t.began, t.ended) for t in trials if t.began is not None and t.ended is not None]

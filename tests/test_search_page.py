@@ -262,7 +262,7 @@ def alike(made: optuna.Study) -> None:
         (
             one,
             5,
-            ["those are the method’s defaults", "it takes 10 completed trials, and there are 1", "Of 1 trial 1 was"],
+            ["those are the method’s defaults", "it takes 10 completed trials", "Of 1 trial 1 was"],
         ),
         (all_failed, 2, ["no trial has a value", "reason 0", "25 failed", "5 more reasons are in trials.parquet"]),
         (endless, 0, ["No trial was completed", "12 were completed", "no completed trial told its seconds"]),

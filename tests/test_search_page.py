@@ -128,7 +128,7 @@ def test_the_page_says_what_the_study_has():
     best, default = made.best_trial, made.trials[0]
     assert default.value is not None
     assert (
-        f"The best trial, {best.user_attrs['run']}, has a validation mae of {best.value:.4f} ,"
+        f"The best trial, {best.user_attrs['run']}, has a validation MAE of {best.value:.4f} ,"
         f" {default.value - made.best_value:.4f} lower than the method’s defaults ({default.value:.4f})."
         f" Of 40 trials {len(done)} were completed, {len(pruned)} were pruned and {len(failed)} failed,"
         f" in {seconds:,.0f} s of training."
@@ -320,7 +320,7 @@ def test_files_of_a_search_of_several_methods(tmp_path: Path):
         ["0.7500", "0.8000", "−0.0500"], ["<b>0.7200</b>", "0.7800", "−0.0600"], ["–", "not tried", "–"],
     ]  # fmt: skip
     assert [row[-1] for row in rows] == ["14", "14", "0"]
-    assert "Of 3 methods hml has the lowest validation mae, 0.7200" in page.text
+    assert "Of 3 methods hml has the lowest validation MAE, 0.7200" in page.text
 
     one_method = Location.of(tmp_path / "one")
     (one_method / "melu").make_dir()

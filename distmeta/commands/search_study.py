@@ -160,12 +160,12 @@ def rows_of(study: optuna.Study, dataset: str, protocol: str, threads: int) -> S
     """
     shares, unknown = _importance(study)
     trials = study.get_trials(deepcopy=False)
-    judged = study.user_attrs.get("metric", "error")
+    judged = study.user_attrs.get("metric", "")
     return Search(
         method=study.study_name,
         dataset=dataset,
         protocol=protocol,
-        objective=f"1 − {judged.capitalize()}" if "recall" in judged else f"validation {judged}",
+        objective=f"1 − {judged.capitalize()}" if "recall" in judged else f"validation {judged.upper() or 'error'}",
         axes=_axes(trials),
         trials=tuple(_plain(t) for t in trials if counted(t)),
         importance=shares,

@@ -126,7 +126,7 @@ def parallel(found: Search) -> str | None:
     top = ceiling(values)
     scale = Axis(found.objective, min(values), top if top is not None else max(values))
     ends = [(0.0, f"{scale.low:.4f}"), (1.0, f"{scale.high:.4f}" + " or more" * (top is not None))]
-    across = [_crossings(t, found.axes, 1 - k / len(trials)) for k, t in enumerate(trials)]
+    across = [_crossings(t, found.axes, 1 - (k + 0.5) / len(trials)) for k, t in enumerate(trials)]
     across = np.column_stack([across, [min(scale.at(v), 1.0) for v in values]])
     absent = bool((across == ABSENT).any())
 
@@ -191,7 +191,7 @@ def slices(found: Search) -> str | None:
 
 def _slice(axes: "Axes", axis: Axis, trials: Sequence[Trial], best: Trial | None, top: float | None) -> None:
     mine = [(k, t) for k, t in enumerate(trials) if axis.name in t.params]
-    ranks = {t.number: (len(trials) - k) / len(trials) for k, t in mine}
+    ranks = {t.number: 1 - (k + 0.5) / len(trials) for k, t in mine}
     shades = dict(zip((t.number for t in trials), _shades(trials, best), strict=True))
     for state in (PRUNED, COMPLETE):
         group = [t for _, t in mine if t.state == state]
@@ -319,7 +319,7 @@ def _draw(height: float, paint: Callable[["Figure"], None], name: str) -> str:
 
 
 def _amount(seconds: float) -> str:
-    return f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.1f}"
+    return f"{seconds:.1f}" if 0 < seconds < 10 else f"{seconds:,.0f}"
 
 
 def _bars(axes: "Axes", rows: Sequence[tuple[str, float, str, str]]) -> None:

@@ -81,7 +81,7 @@ def curves(found: Search) -> str | None:
     """What each trial told, by epoch."""
     told = [(t, [(e, v) for e, v in sorted(t.curve.items()) if finite(v)]) for t in found.trials]
     told = [(t, points) for t, points in told if points]
-    if not told:
+    if not any(len(points) > 1 for _, points in told):
         return None
 
     def paint(figure: "Figure") -> None:

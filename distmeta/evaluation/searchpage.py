@@ -169,7 +169,7 @@ def _pictures(search: Search) -> Iterable[tuple[str | None, str, str]]:
         searchcharts.curves(search), "Learning curves",
         f"The lowest {escape(search.objective)} so far, by epoch. A dot: pruned there."
         + " Lines that begin far above are cut off." * bool(edge),
-        "of two objectives Optuna keeps none." if search.several else "no trial told a value before its end.",
+        "of two objectives Optuna keeps none." if search.several else "no trial told more than one value.",
     )  # fmt: skip
     yield _drawn(
         searchcharts.parallel(search), "Parameters together",

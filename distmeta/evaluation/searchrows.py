@@ -177,10 +177,10 @@ def ceiling(values: Sequence[float]) -> float | None:
     """Beyond what a picture leaves values out, so that a few that went astray do not press the others flat.
 
     Twice as far from the lowest as four of five values, or five times as far as half of them, whichever is less; None
-    where nothing lies beyond it.
+    where that would not leave out a third of the whole range.
     """
     if not values:
         return None
     low, half, most, high = np.quantile(values, [0.0, 0.5, 0.8, 1.0], method="lower")
     limit = float(low + min(2 * (most - low), 5 * (half - low)))
-    return limit if high > limit > low else None
+    return limit if high - low > 1.5 * (limit - low) > 0 else None

@@ -15,7 +15,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState, create_trial
 
-from distmeta.commands import search_study
+from distmeta.commands import search_pages
 from distmeta.evaluation import searchpage
 from distmeta.evaluation.searchrows import Axis, Search, Trial, ceiling, front, so_far
 from distmeta.storage import Location
@@ -115,7 +115,7 @@ class Page(HTMLParser):
 
 
 def of(made: optuna.Study) -> Search:
-    return search_study.rows_of(made, "films & books", "melu", 2)
+    return search_pages.rows_of(made, "films & books", "melu", 2)
 
 
 def test_the_page_says_what_the_study_has():
@@ -312,7 +312,7 @@ def test_files_of_a_search_of_several_methods(tmp_path: Path):
             source: dict[str, Any] = {"source": spaces.DEFAULTS} if error == errors[0] else {}
             add(made, TrialState.COMPLETE, [error], [error], seconds=7.0, **source)
         (out / name).make_dir()
-        search_study.write_pages(made, out, ["melu", "hml", "mamo", "paml"], "films", "melu", 2)
+        search_pages.write(made, out, ["melu", "hml", "mamo", "paml"], "films", "melu", 2)
     page = Page(text := (tmp_path / "index.html").read_text())
     assert page.outside == ["melu/report.html", "hml/report.html", "mamo/report.html"]
     assert all((tmp_path / place).exists() for place in page.outside)
@@ -325,5 +325,5 @@ def test_files_of_a_search_of_several_methods(tmp_path: Path):
 
     one_method = Location.of(tmp_path / "one")
     (one_method / "melu").make_dir()
-    search_study.write_pages(rich(3), one_method, ["melu"], "films", "melu", 2)
+    search_pages.write(rich(3), one_method, ["melu"], "films", "melu", 2)
     assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["melu"]

@@ -187,7 +187,7 @@ class _Space:
 
 
 def _search(asked: argparse.Namespace, out: Location, plans: dict[str, _Space]) -> int:
-    from distmeta.commands import search_study
+    from distmeta.commands import search_pages, search_study
     from distmeta.data import protocols, tasktable
     from distmeta.data.schema import Dataset
     from distmeta.parallel import trials
@@ -220,7 +220,7 @@ def _search(asked: argparse.Namespace, out: Location, plans: dict[str, _Space]) 
                 trials.search(study, wanted, ask, (out / ".ray").make_dir())
             finally:
                 search_study.write_trials(study, where)
-                search_study.write_pages(study, out, asked.methods, dataset.name, table.protocol, asked.threads)
+                search_pages.write(study, out, asked.methods, dataset.name, table.protocol, asked.threads)
             best = search_study.write_best(study, where)
             print(f"{method}: best validation error {best.value:.4f}; {where / 'best.yaml'}")
             winners.append(where / best.user_attrs["run"])

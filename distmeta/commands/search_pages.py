@@ -55,7 +55,7 @@ def rows_of(study: optuna.Study, dataset: str, protocol: str, threads: int) -> S
         trials=tuple(_plain(t) for t in trials if counted(t)),
         importance=shares,
         unknown=unknown,
-        launches=tuple(Launch(x["seconds"], x["cpus"] // threads) for x in study.user_attrs.get("launches", [])),
+        launches=tuple(Launch(x["seconds"], x["cpus"] / threads) for x in study.user_attrs.get("launches", [])),
         unfinished=sum(t.user_attrs.get("seconds", 0.0) for t in trials if not t.state.is_finished()),
         several=len(study.directions) > 1,
     )
@@ -81,7 +81,7 @@ def _plain(trial: FrozenTrial) -> Trial:
 
 
 def _axes(trials: Sequence[FrozenTrial]) -> tuple[Axis, ...]:
-    """The parameters that trials were asked for, in the space's order, those that few have after what they hang on."""
+    """The parameters that trials chose, in the order in which they were first chosen."""
     found: dict[str, Axis] = {}
     for name, has in [(name, has) for t in trials for name, has in t.distributions.items()]:
         if isinstance(has, CategoricalDistribution):

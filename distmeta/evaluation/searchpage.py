@@ -159,7 +159,9 @@ def _tiles(search: Search) -> str:
 def _pictures(search: Search) -> Iterable[tuple[str | None, str, str]]:
     """Picture, its title, and its caption; without a picture why there is none."""
     nothing = "no trial has a value."
-    edge = " What lies far above stands at the upper edge." if _beyond(search) else ""
+    edge = " What lies far above stands at the upper edge." * _beyond([t.value for t in search.trials])
+    cut = " Lines that begin far above are cut off." * _beyond([v for t in search.trials for v in t.curve.values()])
+    first = ", of the first seed" * any(finite(t.deviation) for t in search.trials)
     yield _drawn(
         searchcharts.history(search), "History",
         f"Each trial by its number: completed ones, pruned ones at what they told last, failed ones below. Ring: the"
@@ -167,8 +169,7 @@ def _pictures(search: Search) -> Iterable[tuple[str | None, str, str]]:
     )  # fmt: skip
     yield _drawn(
         searchcharts.curves(search), "Learning curves",
-        f"The lowest {escape(search.objective)} so far, by epoch. A dot: pruned there."
-        + " Lines that begin far above are cut off." * bool(edge),
+        f"The lowest {escape(search.objective)} so far, by epoch{first}. A dot: pruned there.{cut}",
         "of two objectives Optuna keeps none." if search.several else "no trial told more than one value.",
     )  # fmt: skip
     yield _drawn(
@@ -205,8 +206,9 @@ def _drawn(svg: str | None, name: str, caption: str, why_not: str) -> tuple[str 
     return svg, name, caption if svg else why_not
 
 
-def _beyond(search: Search) -> bool:
-    return ceiling([t.value for t in search.trials if t.value is not None and finite(t.value)]) is not None
+def _beyond(values: Iterable[float | None]) -> bool:
+    """Whether some lie so far above the others that a picture leaves them out."""
+    return ceiling([v for v in values if finite(v)]) is not None
 
 
 def _best(search: Search) -> str:

@@ -169,7 +169,7 @@ def _pictures(search: Search) -> Iterable[tuple[str | None, str, str]]:
     )  # fmt: skip
     yield _drawn(
         searchcharts.curves(search), "Learning curves",
-        f"The lowest {escape(search.objective)} so far, by epoch{first}. A dot: pruned there.{cut}",
+        f"Of the best epoch so far{first}. A dot: pruned there.{cut}",
         "of two objectives Optuna keeps none." if search.several else "no trial told more than one value.",
     )  # fmt: skip
     yield _drawn(

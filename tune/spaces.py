@@ -14,6 +14,10 @@ Value = float | int | str | bool
 """Of a parameter; an option that is a list has its words in one string, `64 64`."""
 
 
+DEFAULTS = "the method's defaults"
+"""Source of the trial that every search begins with."""
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One option to tune. `when` = (another parameter, its values): there is nothing to choose otherwise."""

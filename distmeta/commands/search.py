@@ -149,7 +149,7 @@ def _search(asked: argparse.Namespace, out: Location, searches: Sequence[_Search
 
 def _tune(asked: argparse.Namespace, out: Location, search: _Search) -> Location:
     """Search for one method; the run of its best trial."""
-    from distmeta.commands import search_study
+    from distmeta.commands import search_pages, search_study
     from distmeta.parallel import hosting, tally, trials
 
     plan, method = search.plan, search.plan.method
@@ -169,10 +169,12 @@ def _tune(asked: argparse.Namespace, out: Location, search: _Search) -> Location
         method, asked.trials, asked.epochs, asked.failures, asked.pruning, asked.grace, asked.threads,
         shared, asked.gpu, search.metric, asked.seeds, asked.workers_per_trial,
     )  # fmt: skip
+    cpus = asked.threads * max(asked.workers_per_trial, 1)
     try:
         trials.search(study, wanted, ask, (out / ".ray").make_dir())
     finally:
         search_study.write_trials(study, where)
+        search_pages.write(study, out, asked.methods, search.dataset.name, search.table.protocol, cpus)
     best = search_study.write_best(study, where)
-    print(f"{tally.summary(study, asked.threads)}\n{method}: best config {where / 'best.yaml'}")
+    print(f"{tally.summary(study, cpus)}\n{method}: best config {where / 'best.yaml'}")
     return where / best.user_attrs["run"]

@@ -152,7 +152,7 @@ class Tuned:
         plain = {k: " ".join(map(str, v)) if isinstance(v, tuple) else v for k, v in plain.items()}
         plain |= self.space.defaults
         made = []
-        for first in (spaces.First("the method's defaults", {}), *self.space.first):
+        for first in (spaces.First(spaces.DEFAULTS, {}), *self.space.first):
             values = {**plain, **first.values}
             made.append((first.source, {p.name: values[p.name] for p in self.space.parameters if p.active(values)}))
         return made

@@ -153,7 +153,7 @@ def _tiles(evaluation: Mapping[str, Any], dataset: Dataset) -> str:
     if _lead(evaluation) != "mae":
         tiles = [(_COLUMNS[k], _show(scores[k]), "mean over lists") for k in _COLUMNS if k in scores]
         tiles += [("lists", f"{scores['n_lists']:,}", f"of {scores['n_tasks']:,} scenarios")]
-        return _tiled(tiles)
+        return tiled(tiles)
     tiles = [("MAE", _show(scores["mae"]), "mean over users"), ("RMSE", _show(scores["rmse"]), "over ratings")]
     tiles.append(("NDCG@3", _show(scores["ndcg@3"]), f"{scores['n_ranked']:,} tasks ranked"))
     if "auc" in scores:
@@ -164,10 +164,11 @@ def _tiles(evaluation: Mapping[str, Any], dataset: Dataset) -> str:
     if finite(bayes):
         tiles.append(("best possible", _show(bayes), "MAE of the noise"))
     tiles.append(("tasks", f"{scores['n_tasks']:,}", f"{scores['n_ratings']:,} query ratings"))
-    return _tiled(tiles)
+    return tiled(tiles)
 
 
-def _tiled(tiles: Sequence[tuple[str, str, str]]) -> str:
+def tiled(tiles: Sequence[tuple[str, str, str]]) -> str:
+    """A row of large numbers: name, number, and a note below it, which are HTML."""
     cells = "".join(f"<div><dt>{k}</dt><dd>{v}<small>{note}</small></dd></div>" for k, v, note in tiles)
     return f'<dl class="tiles">{cells}</dl>'
 

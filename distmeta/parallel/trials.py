@@ -139,7 +139,10 @@ def _scheduler(study: optuna.Study, plan: Plan, searcher: Any) -> Any:
         return None
 
     class Rungs(_Unkept, ASHAScheduler):
-        """ASHA; an interrupted trial reports all its epochs again, and was judged by them before."""
+        """ASHA; an interrupted trial reports all its epochs again, and was judged by them before.
+
+        The first trial, that of the method's defaults, goes to its end: the others are compared with it.
+        """
 
         def tell(self, told: Any, curve: Mapping[int, float]) -> None:
             super().on_trial_add(None, told)  # type: ignore[arg-type]
@@ -148,6 +151,10 @@ def _scheduler(study: optuna.Study, plan: Plan, searcher: Any) -> Any:
 
         def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
             self.tell(trial, searcher.curve(trial.trial_id))
+
+        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+            decision = super().on_trial_result(tune_controller, trial, result)
+            return self.CONTINUE if searcher.first(trial.trial_id) else decision
 
     asha = Rungs("epoch", OBJECTIVE, "min", max_t=last, grace_period=plan.grace, stop_last_trials=False)
     for trial in filter(counted, study.trials):
@@ -209,6 +216,10 @@ def _searcher(
 
         def running(self) -> int:
             return len(self._live)
+
+        def first(self, trial_id: str) -> bool:
+            """Whether a trial is the first of the study."""
+            return self._ot_trials[trial_id].number == 0
 
         def curve(self, trial_id: str, trial: Any = None) -> dict[int, float]:
             """The epochs that a trial reported before."""

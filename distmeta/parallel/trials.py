@@ -79,7 +79,7 @@ def search(
     needs = plan.workers, plan.threads, plan.gpu
     launch, room = Launch(study, _have("CPU")), lambda: hosting.room(*needs)
     if plan.workers:
-        log(f"{room()} trials at a time, of {plan.workers} workers of {plan.threads} CPUs each")
+        log(f"trials at a time: {room()}; workers of each: {plan.workers}; CPUs of a worker: {plan.threads}")
     searcher = _searcher(study, plan, found, ask, room)
     watch = _watch(found, launch, searcher.running, plan.shared, log)
     tuner = tune.Tuner(

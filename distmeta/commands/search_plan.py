@@ -87,7 +87,7 @@ def _check(asked: argparse.Namespace) -> None:
     if asked.pareto and asked.pruning:
         raise UserError("search: --pareto asks what training to the end costs: it stops no trial; leave --pruning out")
     if asked.pareto and asked.sampler == "gp":
-        raise UserError("search: --sampler gp takes minutes a trial for two objectives; with --pareto use tpe or nsga2")
+        raise UserError("search: --sampler gp thinks too long about two objectives; with --pareto use tpe or nsga2")
 
 
 def metric(asked: argparse.Namespace, scenarios: bool, protocol: str) -> str:

@@ -36,6 +36,7 @@ _SETTINGS = {
     # on a cluster of our own: a step's arrays to and from the shared state go with the call, in half the time that the
     # detour through the object store takes, which is the way above 100 kB by default
     "RAY_max_direct_call_object_size": str(1 << 20),
+    "RAY_worker_niceness": "0",  # workers are what the user waits for; 15 starves them beside anything else
 }
 
 

@@ -29,6 +29,8 @@ REPO = Path(__file__).parent.parent
 RAY = str(Path(sys.executable).with_name("ray"))
 TOKEN = "0123456789abcdef" * 4
 MARK = "DISTMETA_TEST_MARK"
+SENT = ("distmeta", "jobs", "tune")
+"""What `ray job submit` is to send of a checkout."""
 TRAIN = ["train", "melu", "--threads", "1", "--batch-size", "8", "--patience", "0", "--epochs", "40"]
 
 
@@ -118,7 +120,7 @@ def head(home: Path, **auth: str) -> Iterator[Head]:
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout as a user has it: the code, and beside it what must not be sent."""
     to = tmp_path_factory.mktemp("tree")
-    for name in ("distmeta", "jobs", "tests"):
+    for name in (*SENT, "tests"):
         shutil.copytree(REPO / name, to / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in (".gitignore", ".rayignore", "pyproject.toml"):
         shutil.copy(REPO / name, to / name)
@@ -231,7 +233,7 @@ def test_a_failing_job_says_why_and_sends_code_only(guarded, tree, small, tmp_pa
     assert "Traceback" not in output
     assert not run.exists()
     sent = {line.removeprefix("./") for line in output.splitlines() if line.startswith("./")}
-    code = {str(f.relative_to(tree)) for name in ("distmeta", "jobs") for f in (tree / name).rglob("*.py")}
+    code = {str(f.relative_to(tree)) for name in SENT for f in (tree / name).rglob("*.py")}
     assert code <= sent
     assert sent - code <= {".gitignore", ".rayignore", "pyproject.toml"} | {s for s in sent if "__pycache__" in s}
 
@@ -297,12 +299,15 @@ def test_ctrl_c_ends_a_cluster_of_our_own(small, tmp_path):
     assert_whole(tmp_path / "run")
 
 
-def test_authentication_off(tree, tmp_path):
-    made = tmp_path / "made"
-    connect = "from distmeta.parallel import cluster\nwith cluster.connected(2, 1, False, 10): print('connected')"
+def test_a_search_without_authentication(tree, tmp_path):
+    made, out = tmp_path / "made", tmp_path / "out"
     prepare = " ".join(job("prepare", "synthetic", "--users", "40", "--out", str(made)))
+    search = f"{sys.executable} -m tune.search bias --data {made} --trials 3 --out"
     with head(tmp_path, RAY_AUTH_MODE="disabled") as running:
-        status, output = running.submit(tree, "sh", "-c", f'{prepare} && {sys.executable} -c "{connect}"')
-    assert status == 0, output
-    assert "\nconnected\n" in output
-    assert (made / "dataset.json").exists()
+        status, output = running.submit(tree, "sh", "-c", f"{prepare} && {search} {out}; {search} here")
+    assert status == 1, output
+    assert "bias: best validation mae" in output
+    assert "Traceback" not in output
+    assert (out / "bias" / "best.yaml").exists()
+    assert sorted(p.name for p in (out / "bias").glob("*/run.json")) != []
+    assert [line for line in output.splitlines() if line.startswith("error: --out here") and "absolute" in line]

@@ -263,6 +263,19 @@ def plain(config: Config) -> dict[str, Any]:
     }
 
 
+def apart(config: Config) -> dict[str, Any]:
+    """What a config sets otherwise than its method's defaults, nested as in `plain`; of use with other data.
+
+    Left out are seeds, where things lie and how the work is spread.
+    """
+    usual, found = plain(load(None, config.method, {})), {"method": config.method}
+    left = (FREE - {"train.epochs", "train.patience"}) | {"data.split_seed", "train.seed"}
+    for section in SECTIONS[1:]:
+        mine = {k: v for k, v in plain(config)[section].items() if f"{section}.{k}" not in left}
+        found[section] = {k: v for k, v in mine.items() if v != usual[section][k]}
+    return {k: v for k, v in found.items() if v}
+
+
 def of_plain(values: Mapping[str, Any]) -> Config:
     """The Config whose `plain` this is."""
     where = f"config of {values['method']}"

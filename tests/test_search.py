@@ -192,7 +192,7 @@ def test_the_front_is_written_and_the_best_is_that_of_the_lowest_error(tmp_path)
     for n, values in enumerate([(0.7, 9.0), (0.6, 20.0), (0.8, 10.0)]):
         trial, _ = asked(study)
         (tmp_path / f"{n:04d}").mkdir()
-        config = train.parse(["melu", "--data", "somewhere", "--lr", f"{n + 1}e-3"])
+        config = train.parse(["melu", "--data", "somewhere", "--lr", f"{n + 2}e-3"])
         (tmp_path / f"{n:04d}/config.yaml").write_text(config_module.to_yaml(config))
         study.tell(trial, values)
     (tmp_path / "front").mkdir()
@@ -201,7 +201,14 @@ def test_the_front_is_written_and_the_best_is_that_of_the_lowest_error(tmp_path)
     search_study.write_trials(study, out)
     assert pl.read_parquet(tmp_path / "trials.parquet")["front"].to_list() == [True, True, False]
     assert sorted(f.name for f in (tmp_path / "front").iterdir()) == ["0000.yaml", "0001.yaml"]
-    assert config_module.load(out / "best.yaml", None, {}).train.lr == 2e-3
+    assert config_module.load(out / "best.yaml", None, {}).train.lr == 3e-3
+    # for other data: nothing that is as usual, nothing of this machine
+    assert config_module.read_yaml(out / "tuned.yaml") == {"method": "melu", "train": {"lr": 3e-3}}
+    assert (
+        (tmp_path / "tuned.yaml")
+        .read_text()
+        .startswith("# trial 1 of the 3 of study melu:\n# validation error 0.6000; defaults: 0.7000\n")
+    )
 
 
 def test_what_a_trial_is_judged_by():

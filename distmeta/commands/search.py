@@ -175,6 +175,6 @@ def _tune(asked: argparse.Namespace, out: Location, search: _Search) -> Location
     finally:
         search_study.write_trials(study, where)
         search_pages.write(study, out, asked.methods, search.dataset.name, search.table.protocol, cpus)
-    best = search_study.write_best(study, where)
+    best = search_study.write_best(study, where, f"{search.dataset.name}, protocol {search.table.protocol}")
     print(f"{tally.summary(study, cpus)}\n{method}: best config {where / 'best.yaml'}")
     return where / best.user_attrs["run"]

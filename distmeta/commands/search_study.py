@@ -8,6 +8,7 @@ from typing import Any
 
 import optuna
 import polars as pl
+import yaml
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
@@ -162,10 +163,14 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
     }
 
 
-def write_best(study: optuna.Study, where: Location) -> FrozenTrial:
+def write_best(study: optuna.Study, where: Location, data: str = "") -> FrozenTrial:
     """WHERE/best.yaml for `train --config`: the config of the complete trial with the lowest error.
 
-    Of two objectives also WHERE/front/NNNN.yaml, for each trial that none is better than in both.
+    And WHERE/tuned.yaml: what it has otherwise than the method's defaults, to train on other data with. Of two
+    objectives also WHERE/front/NNNN.yaml, for each trial that none is better than in both.
+
+    Args:
+        data: what it was tuned on, in words.
 
     Raises:
         RunError: no trial was completed.
@@ -174,6 +179,7 @@ def write_best(study: optuna.Study, where: Location) -> FrozenTrial:
     if best is None:
         raise RunError(f"{where}: no trial was completed; see the column `failure` of {where / 'trials.parquet'}")
     _write_config(study, best, where, where / "best.yaml")
+    _write_tuned(study, best, where, data)
     if len(study.directions) > 1:
         (where / "front").remove()
         for trial in study.best_trials:
@@ -191,3 +197,13 @@ def _write_config(study: optuna.Study, trial: FrozenTrial, where: Location, file
     if len(trial.values) > 1:
         head += f", {trial.values[1]:.1f} s of training"
     file.write_bytes(f"{head}\n{text}".encode())
+
+
+def _write_tuned(study: optuna.Study, best: FrozenTrial, where: Location, data: str) -> None:
+    plain, on = study.trials[0], f" on {data}" if data else ""
+    head = f"# trial {best.number} of the {len(study.trials)} of study {study.study_name}{on}:\n"
+    head += f"# validation {study.user_attrs.get('metric', 'error')} {best.values[0]:.4f}"
+    if plain.values:
+        head += f"; {plain.user_attrs.get('source', 'the first trial')}: {plain.values[0]:.4f}"
+    text = yaml.safe_dump(config_module.apart(rundir.stored(where / best.user_attrs["run"])), sort_keys=False)
+    (where / "tuned.yaml").write_bytes(f"{head}\n{text}".encode())

@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from distmeta.evaluation import searchpage
 from distmeta.evaluation.searchrows import Axis, Launch, Search, Trial
-from distmeta.parallel.trials import counted
+from distmeta.parallel.tally import counted
 from distmeta.storage import Location
 from tune import spaces
 

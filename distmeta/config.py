@@ -268,7 +268,8 @@ def apart(config: Config) -> dict[str, Any]:
 
     Left out are seeds, where things lie and how the work is spread.
     """
-    usual, found = plain(load(None, config.method, {})), {"method": config.method}
+    usual = plain(load(None, config.method, {}))
+    found: dict[str, Any] = {"method": config.method}
     left = (FREE - {"train.epochs", "train.patience"}) | {"data.split_seed", "train.seed"}
     for section in SECTIONS[1:]:
         mine = {k: v for k, v in plain(config)[section].items() if f"{section}.{k}" not in left}

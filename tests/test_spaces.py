@@ -1,8 +1,10 @@
 """The search spaces: each parameter is an option of its method, and every value of it one that `train` takes."""
 
 import dataclasses
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -58,6 +60,24 @@ def test_a_condition_falls_with_what_it_depends_on():
 def test_listing_the_spaces_imports_neither_torch_nor_ray():
     code = "import sys, tune.spaces; assert not {'torch', 'ray', 'optuna'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_tuned_configs_say_where_they_are_from_and_lie_in_the_spaces():
+    """tune/tuned/DATASET/METHOD.yaml: what searches found, as `tuned.yaml` holds it."""
+    folders = [f for f in (Path(spaces.__file__).parent / "tuned").iterdir() if f.is_dir()]
+    assert folders
+    for file in (f for folder in folders for f in folder.iterdir()):
+        text = file.read_text()
+        assert re.match(rf"# trial \d+ of the \d+ of study {file.stem} on {file.parent.name}, protocol ", text)
+        best, plain = re.search(r"validation mae ([\d.]+); the method's defaults: ([\d.]+)", text).groups()
+        assert float(best) <= float(plain)
+        config = train.parse(["--config", str(file), "--data", "somewhere"])
+        assert config.method == file.stem
+        flat = {**dataclasses.asdict(config.train), **dataclasses.asdict(config.method_options)}
+        values = {p.name: _text(flat[p.name]) for p in spaces.space(file.stem).parameters}
+        values |= {k: v for k, v in spaces.space(file.stem).defaults.items() if k not in text}
+        for p in spaces.space(file.stem).parameters:
+            assert not p.active(values) or p.holds(values[p.name]), f"{file}: {p.name} = {values[p.name]!r}"
 
 
 def _text(value):

@@ -151,4 +151,4 @@ def test_benchmark_writes_its_rows(capsys, monkeypatch, tmp_path):
     assert cli.main(["benchmark", "input", "--users", "5", "--json", str(file), "--epochs", "2"]) == 0
     assert seen == [["--users", "5", "--epochs", "2"]]
     assert json.loads(file.read_text()) == rows
-    assert set(benchmark.BENCHMARKS) == {"adaptation", "input", "methods", "neighbours", "scaling", "serving"}
+    assert set(benchmark.BENCHMARKS) == {"adaptation", "input", "methods", "neighbours", "scaling", "search", "serving"}

@@ -309,7 +309,7 @@ def test_damaged_shard(tmp_path, small, nodes, capfd, monkeypatch, reader):
     if reader == "tasks":
         from distmeta.parallel import delivery
 
-        monkeypatch.setattr(delivery.materialise, "__defaults__", (0,))
+        monkeypatch.setattr(delivery.materialise, "__defaults__", (0, delivery.SPLITS))
     place = prepared(tmp_path)
     assert cli.main(["prepare", "tasks", "--data", str(place)]) == 0
     part = next(place.glob("tasks/*/train/part-00003.parquet"))

@@ -13,7 +13,7 @@ from distmeta import cli
 
 _SETTINGS = {
     "RAY_AUTH_MODE": "disabled",
-    "RAY_worker_niceness": "0",
+    "RAY_worker_niceness": "0",  # by default 15: beside anything else they would starve
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",

@@ -27,11 +27,9 @@ QUICK = ["--set", "melu:steps=1", "--set", "melu:batch-size=16", "--set", "melu:
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
     """Two nodes of one CPU: room for two trials."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_worker_niceness", "0")  # by default 15: beside other tests they would starve
-        made = Nodes()
-        yield made
-        made.close()
+    made = Nodes()
+    yield made
+    made.close()
 
 
 @pytest.fixture(autouse=True)

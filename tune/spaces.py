@@ -4,6 +4,7 @@ A parameter is called as the option of `train` that it sets. What the papers say
 made before the sampler has a say, after that of the method's defaults. Where they give no value, the sampler chooses.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -19,7 +20,7 @@ DEFAULTS = "the method's defaults"
 
 
 @dataclass(frozen=True)
-class Parameter:
+class Parameter(ABC):
     """One option to tune. `when` = (another parameter, its values): there is nothing to choose otherwise."""
 
     name: str
@@ -29,13 +30,13 @@ class Parameter:
         """Whether there is something to choose, with the parameters before it chosen so."""
         return self.when is None or values.get(self.when[0]) in self.when[1]
 
+    @abstractmethod
     def holds(self, value: Value) -> bool:
         """Whether the space has this value."""
-        raise NotImplementedError
 
+    @abstractmethod
     def ends(self) -> tuple[Value, ...]:
         """The values between which all lie, or all there are."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,7 @@ class Loader:
                 self.wait_seconds += time.perf_counter() - began
                 if batch is None:
                     return
-                yield batch.to(self._gpu) if isinstance(batch, Packed) else batch
+                yield batch.to(self._gpu) if self._gpu and isinstance(batch, Packed) else batch
 
     def _packed(self, batches: Generator[TaskBatch]) -> Generator[Packed]:
         with contextlib.closing(batches):

@@ -41,13 +41,13 @@ _SETTINGS = {
 
 
 @contextlib.contextmanager
-def connected(needed: int, threads: int, gpu: bool, wait: int, log: Callable[[str], None] = print) -> Iterator[bool]:
+def connected(needed: int, threads: int, gpu: float, wait: int, log: Callable[[str], None] = print) -> Iterator[bool]:
     """Be connected to the cluster at RAY_ADDRESS, or to one of its own on this machine, which ends with this block.
 
     Gives whether the connection is this block's own, so that its end ends all that was started.
 
     Args:
-        needed: workers that must fit. threads: CPUs of each. wait: seconds to wait for nodes.
+        needed: workers that must fit. threads: CPUs of each. gpu: GPUs of each. wait: seconds to wait for nodes.
 
     Raises:
         UserError: no cluster answers at the address, it refuses the token, or it is too small.
@@ -231,7 +231,7 @@ def _refused(address: str, e: Exception) -> UserError | RunError:
     return RunError(f"Ray does not start on this machine: {text}")
 
 
-def _await(needed: int, threads: int, gpu: bool, wait: int, log: Callable[[str], None]) -> None:
+def _await(needed: int, threads: int, gpu: float, wait: int, log: Callable[[str], None]) -> None:
     """Wait until the cluster has what the workers need, and ask its autoscaler for it.
 
     Raises:
@@ -240,9 +240,9 @@ def _await(needed: int, threads: int, gpu: bool, wait: int, log: Callable[[str],
     import ray
     from ray.autoscaler.sdk import request_resources
 
-    want = {"CPU": float(needed * threads), **({"GPU": float(needed)} if gpu else {})}
+    want = {"CPU": float(needed * threads), **({"GPU": needed * gpu} if gpu else {})}
     began, told = time.monotonic(), 0.0
-    bundle = {name: int(amount // needed) for name, amount in want.items()}
+    bundle = {name: amount / needed for name, amount in want.items()}
     while True:
         have = ray.cluster_resources()
         short = [name for name, amount in want.items() if have.get(name, 0) < amount]
@@ -250,7 +250,7 @@ def _await(needed: int, threads: int, gpu: bool, wait: int, log: Callable[[str],
         if not short:
             return
         name = short[0]
-        text = f"{needed} workers need {want[name]:.0f} {name}s, the cluster has {have.get(name, 0):.0f}"
+        text = f"{needed} workers need {want[name]:g} {name}s, the cluster has {have.get(name, 0):g}"
         if waited > wait:
             raise UserError(f"{text} after {wait} s; use fewer --workers, or add nodes, or --wait longer")
         if waited >= told:

@@ -111,13 +111,13 @@ def _fit(
     from ray.train.torch import TorchTrainer
 
     from distmeta.parallel import board as boards
-    from distmeta.parallel import delivery, leash, stateactor, worker
+    from distmeta.parallel import delivery, leash, room, stateactor, worker
 
     datasets = trial.datasets if trial else materialised(config, table, SPLITS)
     threads = f"{config.train.threads} thread{'s' * (config.train.threads > 1)}"
     log(f"starting {config.train.workers} workers of {threads}")
     board = boards.create(0.9 * config.train.exchange_timeout)
-    watch = boards.Watch(board, log)
+    watch = boards.Watch(board, log, lambda: room.standing(config.train.threads, config.train.gpu))
     error, found = None, None
     servers: list[Any] = []
     try:
@@ -195,7 +195,7 @@ def _ray_config(config: Config, run: Location, callbacks: list[Any]) -> dict[str
         "scaling_config": ScalingConfig(
             num_workers=least if least == most else (least, most),
             use_gpu=o.gpu,
-            resources_per_worker={"CPU": o.threads, **({"GPU": 1} if o.gpu else {})},
+            resources_per_worker=room.bundle(o.threads, o.gpu),
         ),
         "run_config": RunConfig(
             name=f"launch-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",

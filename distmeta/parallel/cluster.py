@@ -232,9 +232,9 @@ def _refused(address: str, e: Exception) -> UserError | RunError:
     if address and (found := _MISMATCH.search(text)):
         ray, python, our_ray, our_python = found.groups()
         return UserError(
-            f"RAY_ADDRESS={address}: the cluster has Ray {ray} and Python {python}, this process Ray {our_ray} and Python"
-            f" {our_python}, which must be the same; use an environment like the cluster's, or have the command run"
-            " there: `ray job submit`"
+            f"RAY_ADDRESS={address}: the cluster has Ray {ray} and Python {python}, this process Ray {our_ray} and"
+            f" Python {our_python}, which must be the same; use an environment like the cluster's, or have the command"
+            " run there: `ray job submit`"
         )
     if address:
         return UserError(f"RAY_ADDRESS={address}: cannot be connected to ({text}); correct the address, or the token")

@@ -15,7 +15,7 @@ from distmeta.errors import RunError, UserError
 from distmeta.evaluation.measured import Measured
 from distmeta.methods import method_class
 from distmeta.methods.base import Method
-from distmeta.parallel import cluster
+from distmeta.parallel import cluster, room
 from distmeta.parallel.assessment import Assessment
 from distmeta.parallel.trainer import Outcome
 from distmeta.storage import Location
@@ -111,7 +111,7 @@ def _fit(
     from ray.train.torch import TorchTrainer
 
     from distmeta.parallel import board as boards
-    from distmeta.parallel import delivery, leash, room, stateactor, worker
+    from distmeta.parallel import delivery, leash, stateactor, worker
 
     datasets = trial.datasets if trial else materialised(config, table, SPLITS)
     threads = f"{config.train.threads} thread{'s' * (config.train.threads > 1)}"

@@ -25,6 +25,7 @@ FREE = frozenset(
         for k in (
             "run",
             "resume",
+            "retried",
             "workers",
             "max_failures",
             "wait",
@@ -115,6 +116,11 @@ class TrainOptions:
 
     run: str = option("", "Run directory or URI. Default: runs/METHOD-DATASET-TIME.")
     resume: bool = option(False, "Go on with a run that exists, from its newest complete checkpoint.")
+    retried: bool = option(
+        False,
+        "For a job that may be started again: go on with the run at --run where there is one (as --resume does), else"
+        " begin it.",
+    )
     workers: str = option(
         "0",
         "Ray Train workers, on the cluster at RAY_ADDRESS or else on this machine; A:B: as many of A to B as there"

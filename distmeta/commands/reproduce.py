@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from distmeta.evaluation.measured import Measured
     from distmeta.evaluation.study import Curves
 
-_TAKEN = ("data", "protocol", "split-seed", "run", "resume", "workers", "threads", "epochs")
+_TAKEN = ("data", "protocol", "split-seed", "run", "resume", "retried", "workers", "threads", "epochs")
 """Flags of `train` that the command itself sets."""
 _EPILOG = """\
 tables: {tables}

@@ -57,9 +57,11 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(
             f"--out {out}: must be a folder of this machine or on a shared disk: the journal is appended to"
         )
-    if "data" in given or not given.resume:
-        submitted.check("--data", getattr(given, "data", ""))
+    if "data" in given:
+        submitted.check("--data", given.data)
     asked = search_plan.settle(vars(given), out)
+    if not asked.data:
+        submitted.check("--data", "")
     plans = [Tuned.of(method, asked) for method in asked.methods]
     if not asked.resume:
         _check_new(out)
@@ -103,6 +105,8 @@ def _parser() -> Parser:
     add("--set", action="append", metavar="[METHOD:]FLAG=VALUE",
         help="a flag of train for every trial; what it sets is not tuned")  # fmt: skip
     add("--resume", action="store_true", default=False, help="go on with the search in OUT; --trials may be more")
+    add("--retried", action="store_true", help="for a job that may be started again: go on with the search in OUT where"
+        " there is one (as --resume does), else begin it")  # fmt: skip
     return parser
 
 
@@ -111,7 +115,8 @@ def _check_new(out: Location) -> None:
         raise UserError(f"{out}: is a file, not a folder; choose another --out")
     if (out / "search.json").exists():
         raise UserError(f"{out}: a search exists here; add --resume to go on with it, or choose another --out")
-    others = [c.name for c in out.children() if c.name != ".lock"] if out.exists() else []
+    others = [c.name for c in out.children()] if out.exists() else []
+    others = [n for n in others if n != ".lock" and not n.startswith("search.json.tmp-")]  # of one killed at its start
     if others:
         raise UserError(f"{out}: holds other things ({others[0]}); choose an --out that is empty or does not exist")
 

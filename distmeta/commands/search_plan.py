@@ -26,7 +26,7 @@ DEFAULTS = {
     "wait": 180, "workers_per_trial": 0,
 }  # fmt: skip
 
-_TAKEN = ("data", "protocol", "run", "resume", "workers", "epochs", "threads", "seed", "config", "gpu")
+_TAKEN = ("data", "protocol", "run", "resume", "retried", "workers", "epochs", "threads", "seed", "config", "gpu")
 """Flags of `train` that the search sets itself."""
 _MAY_DIFFER = ("resume", "out", "trials", "failures", "wait")
 """What --resume may say differently."""
@@ -40,11 +40,13 @@ def settle(said: dict[str, Any], out: Location) -> argparse.Namespace:
     Raises:
         UserError: there is no such search, it was started otherwise, or a value makes no sense.
     """
-    asked: dict[str, Any] = dict(DEFAULTS)
+    asked, said = dict[str, Any](DEFAULTS), dict(said)
     if not said["methods"]:
         said = {k: v for k, v in said.items() if k != "methods"}
     if said.get("data"):
         said = {**said, "data": str(Location.of(said["data"]))}
+    if said.pop("retried", False):
+        said["resume"] = said["resume"] or (out / "search.json").exists()
     if said["resume"]:
         before = _before(out)
         for key, value in said.items():

@@ -44,6 +44,15 @@ def exists(run: Location) -> bool:
     return (run / "config.yaml").exists()
 
 
+def begun(run: Location) -> bool:
+    """Whether there is a run here to go on with.
+
+    One that failed before it kept anything, for a setting that cannot be, leaves its config.yaml: no obstacle to
+    another on a local filesystem, where the lock tells it from one that is just starting.
+    """
+    return exists(run) and (bool(_kept(run)) or not run.is_local)
+
+
 def finished(run: Location) -> bool:
     """Whether the run here was trained and evaluated to its end."""
     return (run / "run.json").exists()
@@ -61,17 +70,12 @@ def stored(run: Location) -> Config:
 
 
 def check_new(run: Location) -> None:
-    """UserError where a new run may not start at `run`: a run exists there, or other things lie there.
-
-    A run that failed before it kept anything, for a setting that cannot be, leaves its config.yaml: no obstacle
-    on a local filesystem, where the lock tells it from one that is just starting.
-    """
+    """UserError where a new run may not start at `run`: a run has begun there, or other things lie there."""
     if run.exists() and not run.is_dir():
         raise UserError(f"{run}: is a file, not a directory; choose another --run")
-    kept = _kept(run)
-    if exists(run) and (kept or not run.is_local):
+    if begun(run):
         raise UserError(f"{run}: a run exists here; add --resume to go on with it, or choose another --run")
-    if kept:
+    if kept := _kept(run):
         raise UserError(f"{run}: holds other things ({kept[0]}); choose a --run that is empty or does not exist")
 
 

@@ -25,6 +25,13 @@ TOKEN = "0123456789abcdef" * 4
 MARK, NODE = "DISTMETA_TEST_MARK", "DISTMETA_TEST_NODE"
 _COMMON = "--block --min-worker-port=0 --max-worker-port=0 --disable-usage-stats"
 """Of each `ray start`: in the foreground, and on ports that nobody else has."""
+SOON_DEAD = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "1500",
+    "RAY_health_check_failure_threshold": "4",
+}
+"""A node counts as dead after 2 seconds without a sign of life, not after 30."""
 
 
 def environment(home: Path, **extra: str) -> dict[str, str]:
@@ -99,6 +106,7 @@ class Head:
     gcs: str
     api: str
     cwd: Path
+    temp: str
     nodes: list[Node] = field(default_factory=list)
 
     def ray(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -113,8 +121,8 @@ class Head:
     def join(self, options: Sequence[str] = ("--num-cpus=1",), **env: str) -> Node:
         """Start a further node; it is there when its head knows it."""
         mine = {**self.env, **env, NODE: uuid.uuid4().hex}
-        (agent,) = free_ports(1)
-        words = f"start --address={self.gcs} --dashboard-agent-listen-port={agent} {_COMMON}"
+        (agent,), place = free_ports(1), f"{self.temp}/{len(self.nodes)}"  # nodes that start at once mix up their files
+        words = f"start --address={self.gcs} --dashboard-agent-listen-port={agent} --temp-dir={place} {_COMMON}"
         node = Node(mine, _start([*words.split(), *options], mine, self.cwd, "node"))
         self.nodes.append(node)
         return node
@@ -151,7 +159,7 @@ def head(home: Path, options: Sequence[str] = ("--num-cpus=2",), **extra: str) -
                 return False
 
         until(answers, "the head does not answer")
-        yield Head(env, f"127.0.0.1:{gcs}", url, home)
+        yield Head(env, f"127.0.0.1:{gcs}", url, home, short)
         process.send_signal(signal.SIGTERM)
         process.wait(60)
         until(lambda: not descendants(env), f"left running: {descendants(env)}", 20)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from emulation import SOON_DEAD
+
 from distmeta import cli
 
 _SETTINGS = {
@@ -18,11 +20,7 @@ _SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
-    # a node counts as dead after 2 seconds without a sign of life, not after 30
-    "RAY_health_check_initial_delay_ms": "1000",
-    "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "1500",
-    "RAY_health_check_failure_threshold": "4",
+    **SOON_DEAD,
 }
 
 

@@ -1,4 +1,4 @@
-"""Ray as this program starts it, or finds it: settings, address, authentication, and resources to wait for."""
+"""Ray as this program starts it, or finds it: settings, address and authentication."""
 
 import contextlib
 import logging
@@ -9,13 +9,13 @@ import secrets
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import TypeVar
 
 from distmeta.errors import RunError, UserError
+from distmeta.parallel import room
 from distmeta.parallel.update import cores
 
 T = TypeVar("T")
@@ -27,6 +27,9 @@ START_S = 30
 _ANSWER_S = 5
 """Seconds to wait for a cluster's answer."""
 _TOKENS = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
+
+_MISMATCH = re.compile(r"^Version mismatch: .*Ray: (\S+) Python: (\S+) .* Ray: (\S+) Python: (\S+)")
+"""What ray.init says where the cluster's versions are others, its lines joined."""
 
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -57,8 +60,8 @@ def connected(needed: int, threads: int, gpu: float, wait: int, log: Callable[[s
         os.environ.setdefault(name, value)
     already = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     if already:  # the connection of a program that calls us, which is not ours to end
-        _await(needed, threads, gpu, wait, log)
-        yield False
+        with room.wanted(needed, threads, gpu, wait, log):
+            yield False
         return
     address = _address()
     if not address and needed * threads > cores():
@@ -75,8 +78,8 @@ def connected(needed: int, threads: int, gpu: float, wait: int, log: Callable[[s
         try:
             _connect(address)
             _on_sigterm()
-            _await(needed, threads, gpu, wait, log)
-            yield True
+            with room.wanted(needed, threads, gpu, wait, log):
+                yield True
         finally:
             ray.shutdown()
 
@@ -226,35 +229,13 @@ def _refused(address: str, e: Exception) -> UserError | RunError:
     if type(e).__name__ == "AuthenticationError":  # there is no token, or its file cannot be read
         why = text.partition(". ")[0]
         return UserError(f"RAY_AUTH_MODE=token: {why}; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file with it")
+    if address and (found := _MISMATCH.search(text)):
+        ray, python, our_ray, our_python = found.groups()
+        return UserError(
+            f"RAY_ADDRESS={address}: the cluster has Ray {ray} and Python {python}, this process Ray {our_ray} and"
+            f" Python {our_python}, which must be the same; use an environment like the cluster's, or have the command"
+            " run there: `ray job submit`"
+        )
     if address:
         return UserError(f"RAY_ADDRESS={address}: cannot be connected to ({text}); correct the address, or the token")
     return RunError(f"Ray does not start on this machine: {text}")
-
-
-def _await(needed: int, threads: int, gpu: float, wait: int, log: Callable[[str], None]) -> None:
-    """Wait until the cluster has what the workers need, and ask its autoscaler for it.
-
-    Raises:
-        UserError: it has not after `wait` seconds.
-    """
-    import ray
-    from ray.autoscaler.sdk import request_resources
-
-    want = {"CPU": float(needed * threads), **({"GPU": needed * gpu} if gpu else {})}
-    began, told = time.monotonic(), 0.0
-    bundle = {name: amount / needed for name, amount in want.items()}
-    while True:
-        have = ray.cluster_resources()
-        short = [name for name, amount in want.items() if have.get(name, 0) < amount]
-        waited = time.monotonic() - began
-        if not short:
-            return
-        name = short[0]
-        text = f"{needed} workers need {want[name]:g} {name}s, the cluster has {have.get(name, 0):g}"
-        if waited > wait:
-            raise UserError(f"{text} after {wait} s; use fewer --workers, or add nodes, or --wait longer")
-        if waited >= told:
-            request_resources(bundles=[bundle] * needed)
-            log(f"{text}; waiting ({waited:.0f} of {wait} s)")
-            told = waited + 10
-        time.sleep(0.5)

@@ -10,7 +10,7 @@ from distmeta.config import Config
 from distmeta.data.schema import Dataset
 from distmeta.data.tasktable import TaskTable
 from distmeta.errors import UserError
-from distmeta.parallel import cluster
+from distmeta.parallel import cluster, room
 from distmeta.parallel.stored import SPLITS, ForWorkers, Stored
 from distmeta.parallel.update import check_shares, cores
 from distmeta.storage import Location
@@ -66,12 +66,6 @@ def connected(threads: int, gpu: float, wait: int, workers: int = 0) -> Iterator
             stack.enter_context(cluster.connected(max(1, workers), threads, gpu, wait))
         except UserError as e:
             raise UserError(str(e).replace("--workers", "--workers-per-trial")) from None
-        if not at_once(_nodes(), workers, threads, gpu):
-            each = f"{threads} CPU{'s' * (threads > 1)}{f' and {gpu:g} GPU' * (gpu > 0)}"
-            raise UserError(
-                f"the cluster's nodes have no room for a trial: {max(1, workers)} x {each}, each on one node; use fewer"
-                " --threads or --workers-per-trial, or larger nodes"
-            )
         yield
 
 
@@ -111,20 +105,16 @@ def resources(workers: int, threads: int, gpu: float) -> Any:
 
     if workers:
         return tune.PlacementGroupFactory([{"memory": _DRIVER_BYTES}])
-    return {"CPU": float(threads), **({"GPU": gpu} if gpu else {})}
+    return room.bundle(threads, gpu)
 
 
-def room(workers: int, threads: int, gpu: float) -> int:
+def trials_now(workers: int, threads: int, gpu: float) -> int:
     """Trials that the cluster has room for now, at least one; the arguments as of `at_once`."""
-    return max(1, at_once(_nodes(), workers, threads, gpu))
-
-
-def _nodes() -> list[Mapping[str, float]]:
     import ray
 
     if not ray.is_initialized():  # an interrupted search's thread: Ray would connect it to any cluster that it finds
-        return []
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return 1
+    return max(1, at_once(room.alive(), workers, threads, gpu))
 
 
 def at_once(nodes: Sequence[Mapping[str, float]], workers: int, threads: int, gpu: float) -> int:
@@ -138,13 +128,5 @@ def at_once(nodes: Sequence[Mapping[str, float]], workers: int, threads: int, gp
         threads: CPUs of each worker.
         gpu: share of one that each worker has; a share is never of two.
     """
-    places = sum(_places(node, threads, gpu) for node in nodes)
-    return places // max(1, workers)
+    return sum(room.places(node, threads, gpu) for node in nodes) // max(1, workers)
 
-
-def _places(node: Mapping[str, float], threads: int, gpu: float) -> int:
-    """Workers that fit on a node."""
-    free = int(node.get("CPU", 0.0) // threads)
-    if not gpu:
-        return free
-    return min(free, int(node.get("GPU", 0.0)) * int(1 / gpu + 1e-6))  # a third, as it is written, is less than one

@@ -15,7 +15,7 @@ from distmeta.errors import RunError, UserError
 from distmeta.evaluation.measured import Measured
 from distmeta.methods import method_class
 from distmeta.methods.base import Method
-from distmeta.parallel import cluster
+from distmeta.parallel import cluster, room
 from distmeta.parallel.assessment import Assessment
 from distmeta.parallel.trainer import Outcome
 from distmeta.parallel.update import check_shares
@@ -128,7 +128,7 @@ def _fit(
     threads = f"{config.train.threads} thread{'s' * (config.train.threads > 1)}"
     log(f"starting {config.train.workers} workers of {threads}")
     board = boards.create(0.9 * config.train.exchange_timeout)
-    watch = boards.Watch(board, log)
+    watch = boards.Watch(board, log, lambda: room.standing(config.train.threads, config.train.gpu))
     error, found = None, None
     servers: list[Any] = []
     try:
@@ -206,7 +206,7 @@ def _ray_config(config: Config, run: Location, callbacks: list[Any]) -> dict[str
         "scaling_config": ScalingConfig(
             num_workers=least if least == most else (least, most),
             use_gpu=o.gpu > 0,
-            resources_per_worker={"CPU": o.threads, **({"GPU": o.gpu} if o.gpu else {})},
+            resources_per_worker=room.bundle(o.threads, o.gpu),
         ),
         "run_config": RunConfig(
             name=f"launch-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",

@@ -129,4 +129,3 @@ def at_once(nodes: Sequence[Mapping[str, float]], workers: int, threads: int, gp
         gpu: share of one that each worker has; a share is never of two.
     """
     return sum(room.places(node, threads, gpu) for node in nodes) // max(1, workers)
-

@@ -89,7 +89,7 @@ def _store(scheme: str, bucket: str, query: str, path: str, settings: tuple[tupl
             first, later = (pafs.S3FileSystem(**{**said, **extra}) for extra in (_FIRST, _LATER))
         elif "retry_limit_seconds" not in query:
             first, _ = pafs.FileSystem.from_uri(f"{root}{'&' if query else '?'}retry_limit_seconds={_GS_FIRST_S}")
-        _check(first, f"{scheme}://{path}", path)
+        _check(first, written(f"{scheme}://{{}}{query}", path), path)
         kept[root] = later
     return kept[root]
 
@@ -134,10 +134,11 @@ def explained(e: BaseException, where: object = None) -> UserError | RunError | 
         return UserError(f"{place}: the bucket is in another region ({code}); set AWS_REGION to its own")
     why = text[found.end() :].split("Details: ")[-1].split("error_info")[0].strip(" :.") or code
     asked = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    at = f" at {asked}" if asked else ""
+    at = f" at {asked}" if asked and found[1] and "endpoint_override" not in str(place) else ""
+    way = "AWS_ENDPOINT_URL" if found[1] else "GOOGLE_APPLICATION_CREDENTIALS"
     return Unreachable(
         f"{place}: the object store{at} does not answer ({code}: {' '.join(why.split())[:200]}); look at the network"
-        " and at AWS_ENDPOINT_URL, then run the command again (train: with --resume)"
+        f" and at {way}, then run the command again (train: with --resume)"
     )
 
 

@@ -92,7 +92,7 @@ def _await_silence(run: Location, file: Location, before: dict[str, Any], log: C
     if not _ended(before):
         log(f"{run}: was driven by {_named(before)}; waiting {SILENT_S:.0f} s for a sign of life from it")
         until = time.monotonic() + SILENT_S
-        while time.monotonic() < until:
+        while time.monotonic() < until and not _ended(before):
             time.sleep(min(1.0, SILENT_S / 4))
             now = read(file)
             if not now:

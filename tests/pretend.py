@@ -8,7 +8,7 @@ without dimensions, indices on the host, and copies.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from distmeta import tasks
 
@@ -39,11 +39,12 @@ class _Places:
         self.kept: dict[int, StorageWeakRef] = {}  # a weak reference keeps the address from use by another
 
     def on_gpu(self, t: Tensor) -> bool:
-        return all(s._cdata in self.kept for s in _storages(t))
+        return _storages(t)[0]._cdata in self.kept
 
     def mark(self, t: Tensor) -> None:
         for s in _storages(t):
-            self.kept.setdefault(s._cdata, StorageWeakRef(s))
+            if s._cdata not in self.kept:
+                self.kept[s._cdata] = StorageWeakRef(s)
 
 
 def _storages(t: Tensor) -> list[Any]:
@@ -60,7 +61,7 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name, on = kwargs or {}, func._schema.name, self.places.on_gpu
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        given = _tensors((*args, *kwargs.values()))
         there = [t for t in given if on(t)]
         if there and name not in _COPIES:
             if name in _INDEXING:
@@ -75,9 +76,8 @@ class _Operations(TorchDispatchMode):
         # what a derivative or a composite makes from nothing, it makes where its operands are
         alike = bool(there) if given else self.within
         if alike and name != "aten::copy_":
-            for t in tree_leaves(made):
-                if isinstance(t, Tensor):
-                    self.places.mark(t)
+            for t in _tensors(made if isinstance(made, tuple | list) else (made,)):
+                self.places.mark(t)
         return made
 
 
@@ -105,7 +105,7 @@ class _Calls(TorchFunctionMode):
         if named == "cpu":
             wanted = [torch.device("cpu")]
         if not wanted:
-            tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            tensors = _tensors((*args, *kwargs.values()))
             outer, self.operations.within = self.operations.within, any(map(on, tensors))
             try:
                 return self._reverse(args[0]) if func is Tensor.backward else func(*args, **kwargs)
@@ -140,6 +140,16 @@ class _Moved(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         with torch._C._DisableTorchDispatch():
             return x.clone()
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, tuple | list):
+            found += _tensors(value)
+    return found
 
 
 def _is_place(d: Any) -> bool:

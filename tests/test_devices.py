@@ -25,7 +25,7 @@ RESUMED = ("melu", "hml", "mamo", "at-paml")
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in METHODS),
     ("hml", {"warm_epochs": 1, "htc": "query", "htc_steps": 1, "own": "all", "learn_rates": False}),
-    ("mamo", {"classes": True, "per_item": True, "wide": True}),
+    ("mamo", {"recommender": "dnn", "wide": True, "classes": True}),
     ("at-paml", {"history": True, "warm_up": 1, "first_order": True}),
     ("metasgd", {"tuned": "all", "steps": 2}),
     ("cmml-softm", {"hybrid": "mlp", "encoder": "gru", "hidden_support": 0.3}),

@@ -201,7 +201,10 @@ class Loader:
                 self.wait_seconds += time.perf_counter() - began
                 if batch is None:
                     return
-                yield batch.to(self._gpu) if self._gpu and isinstance(batch, Packed) else batch
+                if isinstance(batch, Packed):
+                    assert self._gpu
+                    batch = batch.to(self._gpu)
+                yield batch
 
     def _packed(self, batches: Generator[TaskBatch]) -> Generator[Packed]:
         with contextlib.closing(batches):

@@ -32,6 +32,12 @@ SOON_DEAD = {
     "RAY_health_check_failure_threshold": "4",
 }
 """A node counts as dead after 2 seconds without a sign of life, not after 30."""
+_APART = ["unshare", "--mount", *(["--map-root-user"] if os.geteuid() else [])]
+
+
+def hides() -> bool:
+    """Whether a process may be given mounts of its own here."""
+    return bool(shutil.which("unshare")) and not subprocess.run([*_APART, "true"], capture_output=True).returncode
 
 
 def environment(home: Path, **extra: str) -> dict[str, str]:
@@ -118,19 +124,24 @@ class Head:
         done = self.ray("job", "submit", *options, "--working-dir", str(tree), "--", *words)
         return done.returncode, done.stdout + done.stderr
 
-    def join(self, options: Sequence[str] = ("--num-cpus=1",), **env: str) -> Node:
-        """Start a further node; it is there when its head knows it."""
-        mine = {**self.env, **env, NODE: uuid.uuid4().hex}
-        (agent,), place = free_ports(1), f"{self.temp}/{len(self.nodes)}"  # nodes that start at once mix up their files
+    def join(self, options: Sequence[str] = ("--num-cpus=1",), hidden: Path | None = None) -> Node:
+        """Start a further node; it is there when its head knows it.
+
+        Args:
+            hidden: a folder that is empty for this node (see `hides`).
+        """
+        mine = {**self.env, NODE: uuid.uuid4().hex}
+        (agent,), place = free_ports(1), tempfile.mkdtemp(dir=self.temp)  # nodes that start at once mix up their files
         words = f"start --address={self.gcs} --dashboard-agent-listen-port={agent} --temp-dir={place} {_COMMON}"
-        node = Node(mine, _start([*words.split(), *options], mine, self.cwd, "node"))
+        before = [*_APART, "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(hidden)] if hidden else []
+        node = Node(mine, _start([*before, RAY, *words.split(), *options], mine, self.cwd, "node"))
         self.nodes.append(node)
         return node
 
 
 def _start(words: list[str], env: dict[str, str], cwd: Path, name: str) -> "subprocess.Popen[bytes]":
     with open(cwd / f"{name}-{time.monotonic_ns()}.log", "w") as log:
-        return subprocess.Popen([RAY, *words], env=env, cwd=cwd, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(words, env=env, cwd=cwd, stdout=log, stderr=log, start_new_session=True)
 
 
 @contextlib.contextmanager
@@ -145,7 +156,7 @@ def head(home: Path, options: Sequence[str] = ("--num-cpus=2",), **extra: str) -
     short = tempfile.mkdtemp(prefix="dm")  # socket names below it may have 107 characters
     words = f"start --head --port={gcs} --dashboard-host=127.0.0.1 --dashboard-port={api} {_COMMON}"
     words += f" --ray-client-server-port={client} --dashboard-agent-listen-port={agent} --temp-dir={short}"
-    process = _start([*words.split(), *options], env, home, "head")
+    process = _start([RAY, *words.split(), *options], env, home, "head")
     try:
         url = f"http://127.0.0.1:{api}"
 

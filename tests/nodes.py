@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from typing import Any
 from emulation import SOON_DEAD
 
 from distmeta import cli
+from distmeta.parallel.local_nodes import LocalNodes, raylet
 
 _SETTINGS = {
     "RAY_AUTH_MODE": "disabled",
@@ -24,31 +24,15 @@ _SETTINGS = {
 }
 
 
-class Nodes:
-    """A head and further nodes; this process is connected to it as a driver."""
+class Nodes(LocalNodes):
+    """A head and a further node; this process is connected to them as a driver."""
 
     def __init__(self) -> None:
         os.environ.update(_SETTINGS)
         import ray
-        from ray.cluster_utils import Cluster
 
-        head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 200 << 20}
-        self.cluster = Cluster(initialize_head=True, head_node_args=head)
-        self.others: list[Any] = []
-        self.fill()
-        ray.init(address=self.cluster.address, namespace="distmeta", log_to_driver=False)
-
-    def fill(self) -> None:
-        """Have two nodes; only the main thread can add one."""
-        if not self.others:
-            self.others.append(self.cluster.add_node(num_cpus=1, object_store_memory=200 << 20))
-            self.cluster.wait_for_nodes()
-
-    def kill_node(self) -> None:
-        """SIGKILL to the raylet of the node that is not the head; its workers find out by themselves."""
-        node = self.others.pop()
-        os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
-        self.cluster.worker_nodes.discard(node)
+        super().__init__(2, 1)
+        ray.init(address=self.address, namespace="distmeta", log_to_driver=False)
 
     def workers(self) -> list[int]:
         """Processes of the Ray Train workers of this cluster, oldest first."""
@@ -59,8 +43,7 @@ class Nodes:
         return self._processes(b"ray::StateServer")
 
     def _processes(self, title: bytes) -> list[int]:
-        nodes = [self.cluster.head_node, *self.others]
-        raylets = {str(n.all_processes["raylet"][0].process.pid) for n in nodes}
+        raylets = {str(raylet(node)) for node in [self.head, *self.others]}
         found = []
         for stat in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):
@@ -70,12 +53,10 @@ class Nodes:
         return sorted(found)
 
     def close(self) -> None:
-        """Disconnect and kill everything; asked politely, Ray takes half a minute a node."""
         import ray
 
         ray.shutdown()
-        for node in [*self.others, self.cluster.head_node]:
-            node.kill_all_processes(check_alive=False, allow_graceful=False)
+        super().close()
 
 
 @contextlib.contextmanager

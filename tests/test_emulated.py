@@ -1,13 +1,15 @@
 """The RayJobs of k8s/, their entrypoints unchanged, on nodes with the resources and environment that they state.
 
-Each job has a cluster of its own, as KubeRay gives it one: `ray start` with what the operator makes of its groups, and
-the entrypoint handed to `ray job submit` in a shell, as the submitter's Pod does it.
+Nodes are started as KubeRay's operator does it, `ray start` with what it makes of a group, and an entrypoint is handed
+to `ray job submit` in a shell, as the submitter's Pod does it. KubeRay gives each job a cluster of its own; here one
+job follows another on a cluster, whose start takes longer than the jobs.
 """
 
 import contextlib
 import dataclasses
 import hashlib
-import json
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +21,7 @@ import manifests
 import pytest
 import s3server
 import tiny
-from emulation import RAY, REPO, SOON_DEAD, TOKEN, Head, environment, head, kill, until
+from emulation import RAY, REPO, SOON_DEAD, TOKEN, Head, environment, head, hides, kill, until
 
 from distmeta.data.protocols import protocol_options
 from distmeta.data.schema import Dataset
@@ -29,6 +31,8 @@ from distmeta.storage import Location
 
 EPOCHS = 8
 """What the train job's entrypoint asks for."""
+_PATIENCE = 240
+"""Seconds to wait for what should take a few, on a machine that has much else to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,25 +62,39 @@ class Store:
         return (self / "runs/first/evaluation.json").read_json()
 
 
-class Job:
-    """A RayJob's cluster, and its entrypoint under way on it."""
+class Cluster:
+    """What the operator makes of a store's RayJobs: a head, and the Pods of each job's worker groups."""
 
-    def __init__(self, store: Store, name: str, cluster: Head, groups: list[manifests.Group]) -> None:
-        self.cluster, self.groups = cluster, groups
-        for group in groups[1:]:
-            for _ in range(group.replicas):
-                self.join(group)
-        self.output = cluster.cwd / "output"
-        entrypoint = manifests.entrypoint(manifests.job(store.overlay, name))
+    def __init__(self, store: Store, ray: Head) -> None:
+        self.store, self.ray = store, ray
+
+    def fill(self, job: manifests.Document) -> None:
+        """Have the Pods that a job starts with."""
+        for group in manifests.groups(job)[1:]:
+            while len(self.ray.nodes) < group.replicas:
+                self.ray.join(options(group))
+
+    def submit(self, name: str) -> "Job":
+        """Start a job: its Pods, and its entrypoint at once, which waits for them."""
+        job = manifests.job(self.store.overlay, name)
+        assert manifests.groups(job)[0] == manifests.groups(manifests.job(self.store.overlay, "prepare"))[0]
+        self.fill(job)
+        output = self.ray.cwd / name
         # the submitter's Pod has the token, and nothing of the ConfigMaps
-        env = environment(cluster.cwd, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
-        with open(self.output, "w") as out:
-            line = f"{RAY} job submit --address {cluster.api} --submission-id {name} -- {entrypoint}"
-            self.process = subprocess.Popen(["bash", "-ce", line], env=env, cwd=cluster.cwd, stdout=out, stderr=out)
+        env = environment(self.ray.cwd, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
+        line = f"{RAY} job submit --address {self.ray.api} --submission-id {name} -- {manifests.entrypoint(job)}"
+        with open(output, "w") as out:
+            return Job(
+                output, subprocess.Popen(["bash", "-ce", line], env=env, cwd=self.ray.cwd, stdout=out, stderr=out)
+            )
 
-    def join(self, group: manifests.Group) -> None:
-        """Start a Pod of a worker group."""
-        self.cluster.join(options(group))
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """An entrypoint under way."""
+
+    output: Path
+    process: "subprocess.Popen[bytes]"
 
     def text(self) -> str:
         return self.output.read_text()
@@ -88,11 +106,11 @@ class Job:
             assert self.process.poll() is None, f"{what}: not before it ended\n{self.text()}"
             return true()
 
-        until(look, what, 150)
+        until(look, f"waited too long for {what}", _PATIENCE)
 
     def end(self) -> str:
         """What a job says that succeeds."""
-        assert self.process.wait(150) == 0, self.text()
+        assert self.process.wait(_PATIENCE) == 0, self.text()
         assert "Traceback" not in self.text(), self.text()
         return self.text()
 
@@ -104,16 +122,15 @@ def options(group: manifests.Group) -> list[str]:
 
 
 @contextlib.contextmanager
-def running(store: Store, name: str, turn: str = "") -> Iterator[Job]:
-    """A RayJob on a cluster of its own; at the end everything of it is deleted at once."""
+def cluster(store: Store, name: str) -> Iterator[Cluster]:
+    """A head as the RayJobs state it; at the end everything of it is deleted at once."""
     documents = manifests.rendered(store.overlay)
-    job = manifests.named(documents, "RayJob", f"distmeta-{name}")
-    groups = manifests.groups(job)
-    stated = {json.dumps(manifests.environment(documents, g)) for g in groups}
-    assert len(stated) == 1, "head and workers with different settings: `ray start` below passes on the head's"
+    job = manifests.job(store.overlay, "train")
+    stated = [manifests.environment(documents, group) for group in manifests.groups(job)]
+    assert [*map(stated[0].__eq__, stated)] == [True] * len(stated), "nodes inherit the head's settings here"
     assert manifests.cluster(job)["authOptions"] == {"mode": "token"}
     env = {
-        **json.loads(stated.pop()),
+        **stated[0],
         **SOON_DEAD,  # else half a minute goes by before a lost node is missed
         **store.env,
         "RAY_AUTH_MODE": "token",
@@ -121,55 +138,58 @@ def running(store: Store, name: str, turn: str = "") -> Iterator[Job]:
         "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",  # as in the image: its `python`, its packages
         "PYTHONPATH": str(REPO),
     }
-    place = store.home / f"{name}{turn}"
+    place = store.home / name
     place.mkdir()
-    with head(place, options(groups[0]), **env) as cluster:
-        made = Job(store, name, cluster, groups)
+    with head(place, options(manifests.groups(job)[0]), **env) as ray:
         try:
-            yield made
+            yield Cluster(store, ray)
         finally:
-            kill(cluster.env)
-            made.process.kill()
+            kill(ray.env)
+
+
+def begun(made: Cluster) -> Job:
+    """The train job in the middle, its two workers on two nodes."""
+    job = made.submit("train")
+    job.wait(lambda: len(made.store.checkpoints()) > 1, "two epochs")
+    assert [len(node.workers()) for node in made.ray.nodes] == [1, 1]
+    return job
 
 
 def a_lost_node(store: Store) -> None:
     """Mid-training a node vanishes and the operator starts another: the job goes on by itself."""
-    with running(store, "train") as job:
-        job.wait(lambda: len(store.checkpoints()) > 1, "two epochs")
-        lost, _ = nodes = job.cluster.nodes
-        assert [len(n.workers()) for n in nodes] == [1, 1], "a worker on each node"
-        lost.vanish()
-        job.join(job.groups[1])
+    with cluster(store, "first") as made:
+        made.submit("prepare").end()
+        job = begun(made)
+        made.ray.nodes.pop().vanish()
+        made.fill(manifests.job(store.overlay, "train"))
         text = job.end()
-    assert " died" in text or " lost the others" in text
-    assert "going on from step" in text
+        assert " died" in text or " lost the others" in text
+        assert "going on from step" in text
+        evaluate(made)
 
 
 def a_lost_cluster(store: Store) -> None:
     """Mid-training all is gone, the command too; the retry, which is the same command on a new cluster, goes on."""
-    with running(store, "train") as job:
-        job.wait(lambda: len(store.checkpoints()) > 1, "two epochs")
-        assert [len(n.workers()) for n in job.cluster.nodes] == [1, 1], "a worker on each node"
-        kill(job.cluster.env)
+    with cluster(store, "first") as made:
+        made.submit("prepare").end()
+        job = begun(made)
+        kill(made.ray.env)
         assert job.process.wait(60) != 0
     assert not (store / "runs/first/run.json").exists()
-    with running(store, "train", "-again") as job:
-        text = job.end()
-    assert "going on from step" in text
-    assert "epoch 1/" not in text
-    assert f"epoch {EPOCHS}/{EPOCHS}" in text
+    with cluster(store, "second") as made:
+        text = made.submit("train").end()
+        assert "going on from step" in text
+        assert "epoch 1/" not in text
+        assert f"epoch {EPOCHS}/{EPOCHS}" in text
+        evaluate(made)
 
 
-def through(store: Store, fault: Callable[[Store], None]) -> None:
-    """prepare, train with a fault, evaluate: as k8s/README.md has a user apply them."""
-    with running(store, "prepare") as job:
-        job.end()
-    fault(store)
-    before = store.evaluation()
-    with running(store, "evaluate") as job:
-        job.end()
-    found = store.evaluation()
-    assert found["cohorts"]["all"] == pytest.approx(before["cohorts"]["all"], rel=1e-4)
+def evaluate(made: Cluster) -> None:
+    """The evaluate job comes to what training ended with."""
+    before = made.store.evaluation()["cohorts"]["all"]
+    (made.store / "runs/first/evaluation.json").remove()
+    made.submit("evaluate").end()
+    assert made.store.evaluation()["cohorts"]["all"] == pytest.approx(before, rel=1e-4)
 
 
 def undisturbed(store: Store, where: Location) -> dict[str, str]:
@@ -199,12 +219,26 @@ def test_the_jobs_on_both_storages(tmp_path, monkeypatch):
             home.mkdir()
             stores.append(Store(overlay, root, env, home))
         with ThreadPoolExecutor(2) as pool:  # mostly they wait
-            for done in [
-                pool.submit(through, s, f) for s, f in zip(stores, (a_lost_node, a_lost_cluster), strict=True)
-            ]:
+            path, s3 = stores
+            for done in (pool.submit(a_lost_node, path), pool.submit(a_lost_cluster, s3)):
                 done.result()
-        path, s3 = stores
         whole = undisturbed(path, Location.of(tmp_path / "plain/runs/first").make_dir())
         assert path.final() == whole != {}
         assert s3.final() == whole
         assert s3.evaluation()["cohorts"] == path.evaluation()["cohorts"]
+
+
+@pytest.mark.skipif(not hides(), reason="unshare(1) may not give a process mounts of its own here")
+def test_a_path_that_one_node_does_not_see(small, tmp_path):
+    hidden = tmp_path / "hidden"
+    shutil.copytree(small.path, hidden / "data")
+    with head(tmp_path, ("--num-cpus=1",), RAY_AUTH_MODE="disabled", RAY_worker_niceness="0") as made:
+        made.join(hidden=hidden)
+        for data, run, what in ((small, hidden / "run", "run"), (hidden / "data", tmp_path / "run", "dataset")):
+            words = ["-m", "jobs.train", "melu", "--data", str(data), "--run", str(run), "--workers", "2"]
+            env = {**made.env, "RAY_ADDRESS": made.gcs}
+            done = subprocess.run([sys.executable, *words], cwd=REPO, env=env, capture_output=True, text=True)
+            assert done.returncode == 2, done.stdout + done.stderr
+            lost = run if what == "run" else data
+            assert re.fullmatch(rf"error: {lost}: a worker on \S+ does not see this {what}; .*\n", done.stderr)
+            assert not (run / "run.json").exists()

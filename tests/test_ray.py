@@ -63,7 +63,7 @@ def nodes() -> Iterator[Nodes]:
 
 @pytest.fixture(autouse=True)
 def _two_nodes(nodes: Nodes) -> None:
-    nodes.fill()
+    nodes.fill(2)
 
 
 def argv(run: Path, place: Location, method: str, *flags: str) -> list[str]:
@@ -151,8 +151,8 @@ def test_killed_node(tmp_path, small, nodes, capfd):
     """The workers wait for a node in the place of the lost one, and read what was lost with it again."""
     with command(*argv(tmp_path / "run", small, "melu", *LONG["melu"])) as run:
         run.wait(lambda: len(lines(tmp_path / "run")) > 3)
-        nodes.kill_node()
-        nodes.fill()
+        nodes.lose()
+        nodes.fill(2)
     assert run.status == 0
     assert final(tmp_path / "run") == undisturbed(tmp_path / "plain", small, "melu", *LONG["melu"])
     assert "going on from step" in capfd.readouterr().out
@@ -164,7 +164,7 @@ def test_elastic_goes_on_with_what_is_left(tmp_path, small, nodes):
     words[words.index("--workers") + 1] = "1:2"
     with command(*words) as run:
         run.wait(lambda: len(lines(tmp_path / "run")) > 3)
-        nodes.kill_node()
+        nodes.lose()
     assert run.status == 0
     assert [lines(tmp_path / "run")[i]["world"] for i in (0, -1)] == [2, 1]
     undisturbed(tmp_path / "plain", small, "melu", *LONG["melu"])

@@ -27,7 +27,7 @@ _LAST = 5.0
 _LOOK = 0.5
 """Seconds between the driver's looks at the board."""
 _TELL = 20.0
-"""Seconds between two lines about workers that are still to start; in half of that they usually have."""
+"""Seconds between two lines about workers that are still to start; on a machine at rest they take half of it."""
 
 
 class Board:
@@ -160,7 +160,6 @@ class Watch:
 
     def __init__(self, board: Any, log: Callable[[str], None], standing: Callable[[], str]) -> None:
         self.board, self.log, self.standing = board, log, standing
-        self._since = self._told = time.monotonic()
         self.failure: tuple[str, str] | None = None
         self._shown = 0
         self._broken: OSError | None = None
@@ -169,25 +168,27 @@ class Watch:
         self._thread.start()
 
     def _run(self) -> None:
+        since = told = time.monotonic()
         while not self._over.wait(_LOOK):
             try:
-                self._look()
+                workers, now = self._look(), time.monotonic()
+                if workers or self.failure:
+                    since = told = now
+                elif now - told > _TELL:
+                    told = now
+                    self.log(f"waiting for workers ({now - since:.0f} s): {self.standing()}")
             except RayError:  # the board is being started again
                 continue
             except OSError as e:  # whoever read the lines has left: told by close, as print tells it elsewhere
                 self._broken = e
                 return
 
-    def _look(self) -> None:
+    def _look(self) -> int:
+        """Show the lines that are new; how many workers are at work."""
         self._shown, lines, self.failure, workers = ray.get(self.board.take.remote(self._shown))
         for line in lines:
             self.log(line)
-        now = time.monotonic()
-        if workers or self.failure:
-            self._since = self._told = now
-        elif now - self._told > _TELL:
-            self._told = now
-            self.log(f"waiting for workers ({now - self._since:.0f} s): {self.standing()}")
+        return workers
 
     def close(self) -> tuple[str, str] | None:
         """Show what is left, end the thread, and give the failure that a worker posted.

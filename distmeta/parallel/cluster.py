@@ -9,7 +9,7 @@ import secrets
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import TypeVar
@@ -56,10 +56,9 @@ def connected(needed: int, threads: int, gpu: float, wait: int, log: Callable[[s
         UserError: no cluster answers at the address, it refuses the token, or it is too small.
         KeyboardInterrupt, SystemExit: the process was told to end, and is disconnected.
     """
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
     already = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     if already:  # the connection of a program that calls us, which is not ours to end
+        _set(_SETTINGS)
         with room.wanted(needed, threads, gpu, wait, log):
             yield False
         return
@@ -69,9 +68,7 @@ def connected(needed: int, threads: int, gpu: float, wait: int, log: Callable[[s
             f"--workers {needed}: {needed} workers of {threads} CPU{'s' * (threads > 1)} each need {needed * threads},"
             f" this machine has {cores()}; use fewer --workers or --threads, or a cluster (set RAY_ADDRESS)"
         )
-    _authentication(address)
-    if not address:  # inherited by all its processes
-        os.environ.setdefault("MALLOC_ARENA_MAX", "1")
+    settle(address)
     import ray
 
     with _signals():
@@ -82,6 +79,24 @@ def connected(needed: int, threads: int, gpu: float, wait: int, log: Callable[[s
                 yield True
         finally:
             ray.shutdown()
+
+
+def settle(address: str) -> None:
+    """Ray's settings, where the user has others in the environment they stay; all its processes inherit them.
+
+    Args:
+        address: of the cluster to connect to; empty for one of our own, which is still to start.
+
+    Raises:
+        UserError: RAY_AUTH_MODE is no word of Ray's.
+    """
+    _set(_SETTINGS if address else {**_SETTINGS, "MALLOC_ARENA_MAX": "1"})
+    _authentication(address)
+
+
+def _set(settings: Mapping[str, str]) -> None:
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
 
 
 def starts(wait: int) -> int:

@@ -55,6 +55,13 @@ def run(asked: dict[str, Any], stored: Stored) -> None:
 def _train(asked: dict[str, Any], stored: Stored, report: Callable[[dict[str, Any]], Any]) -> None:
     config = config_module.of_plain(asked["config"])
     run = Location.of(config.train.run)
+    if run.is_local and not run.parent.exists():  # the search has made it
+        import ray
+
+        raise UserError(
+            f"{run.parent}: node {ray.util.get_node_ip_address()} does not see it; choose an --out on storage that all"
+            " nodes share"
+        )
     _settle(config.train.threads)
     told, errors, seconds = 0, list[float](), 0.0
 

@@ -12,7 +12,8 @@ from distmeta.data.tasktable import TaskTable
 from distmeta.errors import UserError
 from distmeta.parallel import cluster, room
 from distmeta.parallel.stored import SPLITS, ForWorkers, Stored
-from distmeta.parallel.update import check_shares, cores
+from distmeta.parallel.update import check_shares
+from distmeta.process import cores
 from distmeta.storage import Location
 
 _SETTINGS = {

@@ -18,7 +18,7 @@ import ray.train
 from ray.data import DataContext, Dataset, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from distmeta import draws
+from distmeta import draws, remote
 from distmeta.data import pools
 from distmeta.data import schema as dataset_schema
 from distmeta.data.protocols import SPLITS
@@ -60,9 +60,21 @@ class TaskParts(Datasource):
 
 
 def _reader(table: TaskTable, part: Part, columns: Sequence[str]) -> Callable[[], Iterable[pa.Table]]:
-    if part.groups is None:
-        return lambda: table.read(part.split, [part.shard], columns)
-    return lambda: table.stream(part.split, [(part.shard, part.groups or ())], columns)
+    def read() -> Iterator[pa.Table]:
+        try:
+            if part.groups is None:
+                yield from table.read(part.split, [part.shard], columns)
+            else:
+                yield from table.stream(part.split, [(part.shard, part.groups)], columns)
+        except UserError:
+            if (table.location / "tasks.json").exists():
+                raise
+            raise UserError(
+                f"{table.location}: the node {ray.util.get_node_ip_address()} does not see this task table; put the"
+                " dataset on storage that all nodes share"
+            ) from None
+
+    return read
 
 
 def _columns(table: TaskTable) -> list[str]:
@@ -133,6 +145,8 @@ def sentence(e: BaseException | None) -> UserError | RunError | None:
         for candidate in (inner, e):
             if isinstance(candidate, UserError | RunError):
                 return (UserError if isinstance(candidate, UserError) else RunError)(str(inner or candidate))
+            if refused := remote.explained(candidate) if candidate else None:
+                return refused
         e = e.__cause__ or e.__context__
     return None
 

@@ -24,7 +24,7 @@ class S3Server:
 
     @property
     def env(self) -> dict[str, str]:
-        """Environment variables of whoever is to reach it by s3://bucket/…: the commands, and all nodes of a cluster."""
+        """What the environment of all that are to reach it by s3://bucket/… has: commands, and nodes of a cluster."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": "tester",
@@ -39,7 +39,8 @@ class S3Server:
 
     def call(self, method: str, path: str, data: bytes | None = None) -> bytes:
         """What the server answers to a request without a signature."""
-        asked = urllib.request.Request(self.endpoint + path, data, method=method)
+        kind = {"Content-Type": "application/octet-stream"}
+        asked = urllib.request.Request(self.endpoint + path, data, kind, method=method)
         with urllib.request.urlopen(asked, timeout=30) as answer:
             return answer.read()
 

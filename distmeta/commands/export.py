@@ -97,7 +97,7 @@ def _export(run: Location, data: str | None, wanted: dict[str, Location]) -> Non
         if not apart <= TOLERANCE:
             raise RunError(f"{wanted[kind]}: not written: its scores are up to {apart:.2g} from those of {run}")
         wanted[kind].write_bytes(made[kind][0])
-        Location(wanted[kind].fs, wanted[kind].path + ".json").write_json(
+        (wanted[kind].parent / f"{wanted[kind].name}.json").write_json(
             {**told, "format": kind, "compared": {"tasks": tasks, "largest_difference": apart}}
         )
         print(f"{wanted[kind]}: scores of {tasks} test tasks are within {apart:.1e} of the method's")

@@ -29,7 +29,7 @@ examples:
 What trials are stopped by is epochs. With --set epoch-tasks=N an epoch is N tasks: trials are judged by tasks seen,
 then by epochs.
 
-OUT/journal.log is an Optuna journal with a study for each method.
+OUT/journal.log (of a URI: the parts in OUT/journal) is an Optuna journal with a study for each method.
 """
 _NUMBERS = (
     ("trials", int, "trials of each method, failed ones among them"),
@@ -53,10 +53,6 @@ def main(argv: Sequence[str]) -> int:
     given = _parser().parse(argv)
     submitted.check("--out", given.out)
     out = Location.of(given.out)
-    if not out.is_local:
-        raise UserError(
-            f"--out {out}: must be a folder of this machine or on a shared disk: the journal is appended to"
-        )
     if "data" in given:
         submitted.check("--data", given.data)
     asked = search_plan.settle(vars(given), out)

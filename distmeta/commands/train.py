@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distmeta import config as config_module
@@ -57,10 +57,10 @@ def main(argv: Sequence[str]) -> int:
     config = _settled(config, run, place)
     process.prepare(config.train.threads)
     run.make_dir()
-    with rundir.lock(run):
+    with rundir.lock(run) as fence:
         if not config.train.resume:
             rundir.check_new(run)
-        return _drive(config, run, place, dataset, table)
+        return _drive(config, run, place, dataset, table, fence)
 
 
 def opened(config: Config, place: Location) -> tuple["Dataset", "TaskTable"]:
@@ -208,8 +208,14 @@ def small() -> Location:
     return where
 
 
-def _drive(config: Config, run: Location, place: Location, dataset: "Dataset", table: Any) -> int:
-    """Train, evaluate and finish the run that this process holds."""
+def _drive(
+    config: Config, run: Location, place: Location, dataset: "Dataset", table: Any, fence: Callable[[], None]
+) -> int:
+    """Train, evaluate and finish the run that this process holds.
+
+    Args:
+        fence: raises where it does so no longer.
+    """
     from distmeta.commands import evaluate
     from distmeta.parallel import assessment, checkpoint, launch, trainer
 
@@ -229,10 +235,11 @@ def _drive(config: Config, run: Location, place: Location, dataset: "Dataset", t
     print(f"{config.method} on {dataset.name}, {table.protocol}, split {table.split_hash[:12]} -> {run}")
     found = None
     if config.train.workers == "0":
-        outcome = trainer.train(config, run, dataset, place, table)
+        outcome = trainer.train(config, run, dataset, place, table, fence=fence)
     else:
         outcome, found = launch.run_workers(config, run, table)
         assert outcome
+        fence()
     if summary and before and before.step == outcome.steps:
         finish.write_json(summary)
         print(f"{run}: was finished already (best step {outcome.best_step}); report: {run / 'report.html'}")

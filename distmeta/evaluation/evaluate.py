@@ -11,6 +11,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from distmeta import remote
 from distmeta.data.loader import Loader, read_items
 from distmeta.data.protocols import QUERY
 from distmeta.data.schema import Dataset, Label
@@ -245,7 +246,8 @@ def _cached(table: TaskTable, name: str) -> Measured | None:
         return None
     try:
         kept, data = manifest.read_json(), file.read_bytes()
-    except (UserError, OSError):
+    except (UserError, OSError) as e:
+        remote.let_pass(e)
         return None
     if kept != {**_identity(table, name), "sha256": hashlib.sha256(data).hexdigest()}:
         return None

@@ -94,6 +94,7 @@ def search(
         run_config=tune.RunConfig(
             name=f"launch-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             storage_path=out.path,
+            storage_filesystem=None if out.is_local else out.fs,
             stop=_stopper(found),
             callbacks=[watch],
             failure_config=tune.FailureConfig(max_failures=1),  # a process that was lost; the rest is caught in it

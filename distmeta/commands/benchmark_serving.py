@@ -86,7 +86,7 @@ def _trained(run: str) -> "tuple[_Place, dict[str, Method]]":
 
     where = Location.of(run)
     config = rundir.stored(where)
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, gpu=False))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, gpu=0.0))
     place = Location.of(config.data.data)
     options = protocols.protocol_options(config.data)
     table = tasktable.make(place, config.data.protocol, config.data.split_seed, options)

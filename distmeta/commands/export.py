@@ -72,7 +72,7 @@ def _export(run: Location, data: str | None, wanted: dict[str, Location]) -> Non
     from distmeta.serving import export, onnxgraph
 
     config = rundir.stored(run)
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, gpu=False))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, gpu=0.0))
     place = Location.of(data or config.data.data)
     dataset = Dataset.open(place)
     table = tasktable.make(place, config.data.protocol, config.data.split_seed, protocols.protocol_options(config.data))

@@ -9,6 +9,7 @@ from distmeta.cli import Parser
 from distmeta.commands import search_plan, train
 from distmeta.commands.search_plan import DEFAULTS, Tuned
 from distmeta.errors import UserError
+from distmeta.fields import add_share
 from distmeta.methods import entry
 from distmeta.parallel import rundir, submitted
 from distmeta.storage import Location
@@ -63,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
         _check_new(out)
     from distmeta.parallel import hosting
 
-    hosting.check_room(asked.workers_per_trial, asked.threads)
+    hosting.check_room(asked.workers_per_trial, asked.threads, asked.gpu)
     place = Location.of(asked.data) if asked.data else train.small()
     searches = [_Search.of(plan, place, asked) for plan in plans]
     out.make_dir()
@@ -97,7 +98,7 @@ def _parser() -> Parser:
     flag = argparse.BooleanOptionalAction
     add("--pruning", action=flag, help="stop trials that fall behind, by ASHA [all but --pareto]")
     add("--pareto", action=flag, help="two objectives: validation error, and seconds of training [False]")
-    add("--gpu", action=flag, help="a GPU for each trial [False]")
+    add_share(parser, "gpu", 1.0, "of a GPU for each trial (or worker of it): 0.25: four trials share one [0]")
     add("--set", action="append", metavar="[METHOD:]FLAG=VALUE",
         help="a flag of train for every trial; what it sets is not tuned")  # fmt: skip
     add("--resume", action="store_true", default=False, help="go on with the search in OUT; --trials may be more")
@@ -144,7 +145,10 @@ def _search(asked: argparse.Namespace, out: Location, searches: Sequence[_Search
             winners.append(_tune(asked, out, search))
     (out / ".ray").remove()
     for run in winners:  # trained to its end: what is left of it is the test, which no other trial sees
-        train.main(["--run", str(run), "--resume"])
+        words = ["--run", str(run), "--resume"]
+        if asked.gpu and not asked.workers_per_trial:
+            words.append("--no-gpu")  # it is measured in this process, which has none of its own
+        train.main(words)
     return 0
 
 

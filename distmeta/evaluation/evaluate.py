@@ -180,8 +180,9 @@ def evaluate(
     e = exchange or Exchange()
     mine = [v for v in range(table.shards) if v % e.world == e.rank]
     parts, size = [], at_once(table)
+    device = next(iter([*method.parameters(), *method.buffers()])).device
     for split in SPLITS:
-        loader = Loader(table, dataset, split, size, rank=e.rank, world=e.world, memory=memory)
+        loader = Loader(table, dataset, split, size, rank=e.rank, world=e.world, memory=memory, device=device)
         if loader.n_tasks or split == "test":
             parts.append(measure(method, loader, dataset.label, split, _row_cohorts(table, split, mine)))
     if table.scenarios:

@@ -44,13 +44,13 @@ _SETTINGS = {
 
 
 @contextlib.contextmanager
-def connected(needed: int, threads: int, gpu: bool, wait: int, log: Callable[[str], None] = print) -> Iterator[bool]:
+def connected(needed: int, threads: int, gpu: float, wait: int, log: Callable[[str], None] = print) -> Iterator[bool]:
     """Be connected to the cluster at RAY_ADDRESS, or to one of its own on this machine, which ends with this block.
 
     Gives whether the connection is this block's own, so that its end ends all that was started.
 
     Args:
-        needed: workers that must fit. threads: CPUs of each. wait: seconds to wait for nodes.
+        needed: workers that must fit. threads: CPUs of each. gpu: GPUs of each. wait: seconds to wait for nodes.
 
     Raises:
         UserError: no cluster answers at the address, it refuses the token, or it is too small.

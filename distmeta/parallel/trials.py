@@ -45,7 +45,8 @@ class Plan:
     """CPUs of a trial."""
     shared: Shared
     """What all trials have in common."""
-    gpu: bool = False
+    gpu: float = 0.0
+    """Of a GPU, for each of its workers or itself."""
     metric: str = "mae"
     """Of validation, that trials are judged by."""
     seeds: int = 1

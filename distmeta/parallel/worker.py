@@ -7,6 +7,7 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
+import torch
 from ray.exceptions import RayError
 
 from distmeta import config as config_module
@@ -41,6 +42,9 @@ def run(settings: dict[str, Any]) -> dict[str, Any] | None:
         ExchangeBroken, StateError: another worker or the shared state was lost; Ray Train starts a new group of
             workers, as for any error.
     """
+    # Ray Train shows all GPUs of a node to all its workers there
+    if settings["config"]["train"]["gpu"] and torch.cuda.is_available():
+        torch.cuda.set_device(ray.train.torch.get_device())
     board = settings["board"]
     if ray.get(board.failed.remote()):
         return None

@@ -1,4 +1,4 @@
-"""What tests share: real raw files and prepared datasets, each made once a session."""
+"""What tests share: real raw files and prepared datasets, each made once a session; and which process runs them."""
 
 import os
 import subprocess
@@ -8,10 +8,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from distmeta.data.sources import movielens, synthetic
 from distmeta.methods import METHODS
 from distmeta.storage import Location
+
+CLUSTERS = {
+    "ray": ("test_ray",),
+    "clusters": ("test_emulated", "test_readme", "test_jobs", "test_scaling", "test_search_ray"),
+}
+"""Files that start Ray clusters: each group is one process's, so that there are two clusters at a time at most."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For pytest-xdist: a file is one process's, whose module fixtures are made once. The longest come first."""
+    groups = {file: group for group, files in CLUSTERS.items() for file in files}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(groups.get(item.path.stem, item.path.stem)))
+    items.sort(key=lambda item: [*groups, item.path.stem].index(item.path.stem))
 
 
 @pytest.fixture(autouse=True)
@@ -24,13 +39,17 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def raw(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """A folder with the official layouts ml-1m, ml-100k and BX, written by DISTMETA_DATA/raw_layout.py."""
     source = os.environ.get("DISTMETA_DATA")
     if not source:
         pytest.skip("DISTMETA_DATA is not set (the folder that holds raw_layout.py and its tables)")
-    out = tmp_path_factory.mktemp("raw")
-    subprocess.run([sys.executable, str(Path(source) / "raw_layout.py"), str(out)], check=True)
+    mine = tmp_path_factory.getbasetemp()
+    out = (mine if worker_id == "master" else mine.parent) / "raw"
+    with FileLock(f"{out}.lock"):  # made by the process that comes first
+        if not out.exists():
+            subprocess.run([sys.executable, str(Path(source) / "raw_layout.py"), f"{out}.part"], check=True)
+            Path(f"{out}.part").rename(out)
     return out
 
 

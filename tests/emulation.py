@@ -146,7 +146,7 @@ def _start(words: list[str], env: dict[str, str], cwd: Path, name: str) -> "subp
 
 @contextlib.contextmanager
 def head(home: Path, options: Sequence[str] = ("--num-cpus=2",), **extra: str) -> Iterator[Head]:
-    """A head that answers; at the end of the block it is asked to end, and must have left nothing running.
+    """A head that answers; at the end of the block it is asked to end, and leaves nothing running but its nodes.
 
     Args:
         home: a folder of its own, for the token and the log. options: of `ray start`. extra: environment.
@@ -170,7 +170,9 @@ def head(home: Path, options: Sequence[str] = ("--num-cpus=2",), **extra: str) -
                 return False
 
         until(answers, "the head does not answer")
-        yield Head(env, f"127.0.0.1:{gcs}", url, home, short)
+        yield (made := Head(env, f"127.0.0.1:{gcs}", url, home, short))
+        for node in made.nodes:
+            node.vanish()
         process.send_signal(signal.SIGTERM)
         process.wait(60)
         until(lambda: not descendants(env), f"left running: {descendants(env)}", 20)

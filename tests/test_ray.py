@@ -307,7 +307,7 @@ def test_more_workers_than_there_is_room_for(tmp_path, small, nodes, capfd, monk
         (
             "--workers",
             "1",
-            "1 worker needs 2 CPUs each on one node, the cluster has 2 nodes of 1 CPU: room for 0 after 1 s",
+            "1 worker needs 2 CPUs on one node, the cluster has 2 nodes of 1 CPU: room for 0 after 1 s",
         ),
         ("--gpu", None, "1 worker needs 1 GPUs, the cluster has 0 after 1 s"),
     ):

@@ -16,7 +16,7 @@ Node = Mapping[str, float]
 
 def bundle(threads: int, gpu: float) -> dict[str, float]:
     """What a worker of so many CPUs and GPUs needs."""
-    return {"CPU": threads, **({"GPU": float(gpu)} if gpu else {})}
+    return {"CPU": float(threads), **({"GPU": float(gpu)} if gpu else {})}
 
 
 def places(node: Node, threads: int, gpu: float) -> int:
@@ -39,7 +39,7 @@ def short(nodes: Sequence[Node], needed: int, threads: int, gpu: float) -> str |
             return f"{need} {needed * amount:g} {name}s, the cluster has {have:g}"
     shapes = Counter(_said({name: node.get(name, 0.0) for name in each}) for node in nodes)
     have = ", ".join(f"{n} node{'s' * (n > 1)} of {shape}" for shape, n in shapes.items())
-    return f"{need} {_said(each)} each on one node, the cluster has {have}: room for {fit}"
+    return f"{need} {_said(each)}{' each' * (needed > 1)} on one node, the cluster has {have}: room for {fit}"
 
 
 def _said(resources: Node) -> str:

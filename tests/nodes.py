@@ -11,7 +11,7 @@ from typing import Any
 
 from distmeta import cli
 
-_SETTINGS = {
+SETTINGS = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_worker_niceness": "0",  # by default 15: beside anything else they would starve
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -30,7 +30,6 @@ class Nodes:
     """A head and further nodes; this process is connected to it as a driver."""
 
     def __init__(self) -> None:
-        os.environ.update(_SETTINGS)
         import ray
         from ray.cluster_utils import Cluster
 

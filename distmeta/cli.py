@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from distmeta.errors import RunError, UserError
+from distmeta.errors import RunError, Unreachable, UserError
 from distmeta.fields import nearest
 
 COMMANDS = {
@@ -85,8 +85,11 @@ def guarded(work: Callable[[], int]) -> int:
         print("error: out of memory; try a smaller --batch-size or model, or a machine with more", file=sys.stderr)
         return 1
     except OSError as e:
-        print(f"error: {e.filename or e.__class__.__name__}: {e.strerror or e}", file=sys.stderr)
-        return 1
+        from distmeta import remote
+
+        said = remote.explained(e) or f"{e.filename or e.__class__.__name__}: {e.strerror or e}"
+        print(f"error: {said}", file=sys.stderr)
+        return 2 if isinstance(said, UserError) and not isinstance(said, Unreachable) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -25,6 +25,7 @@ FREE = frozenset(
         for k in (
             "run",
             "resume",
+            "retried",
             "workers",
             "max_failures",
             "wait",
@@ -115,6 +116,11 @@ class TrainOptions:
 
     run: str = option("", "Run directory or URI. Default: runs/METHOD-DATASET-TIME.")
     resume: bool = option(False, "Go on with a run that exists, from its newest complete checkpoint.")
+    retried: bool = option(
+        False,
+        "For a job that may be started again: go on with the run at --run where there is one (as --resume does), else"
+        " begin it.",
+    )
     workers: str = option(
         "0",
         "Ray Train workers, on the cluster at RAY_ADDRESS or else on this machine; A:B: as many of A to B as there"
@@ -187,7 +193,21 @@ class TrainOptions:
     threads: int = option(
         0, "CPU threads of each worker; 0: the cores divided by the workers, 1 on a cluster.", least=0
     )
-    gpu: bool = option(False, "Compute on a GPU.")
+    gpu: float = option(
+        0.0,
+        "Compute on a GPU: of one, this share for each worker (or trial of a search); 0: on the CPU. Workers that train"
+        " together have one each.",
+        least=0,
+        most=1,
+        bare=1.0,
+    )
+    precision: str = option(
+        "float32",
+        "Of matrix products: float32; tf32, faster on a GPU and the same as float32 on a CPU; bf16, which rounds what"
+        " is multiplied with weights that all tasks share to bfloat16 (on a CPU for trying it: it is slower there)."
+        " Weights, sums and losses are float32 in any case.",
+        ("float32", "tf32", "bf16"),
+    )
     floors: bool = option(
         True,
         "Measure the floors on the test tasks too, once for each task table; with millions of items that takes minutes,"

@@ -24,6 +24,7 @@ def option(
     above: float | None = None,
     most: float | None = None,
     pattern: tuple[str, str] | None = None,
+    bare: float | None = None,
 ) -> Any:
     """A dataclass field with its default, the sentence that `--help` shows, and what it may be.
 
@@ -31,8 +32,9 @@ def option(
         choices: the words it may be.
         least, most: the smallest and the largest number it may be; `above`: a number it must exceed.
         pattern: a regular expression that the text (or a number's digits) must match, and that in words.
+        bare: what the flag without a number, and true in YAML, stands for; --no-FLAG and false are 0.
     """
-    limits = {"choices": choices, "least": least, "above": above, "most": most, "pattern": pattern}
+    limits = {"choices": choices, "least": least, "above": above, "most": most, "pattern": pattern, "bare": bare}
     metadata = {"help": help, **limits}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -64,6 +66,9 @@ def add_flags(parser: argparse.ArgumentParser, section: type, title: str) -> Non
             "help": (f.metadata["help"] + (f" [{default}]" if default not in ("", None) else "")).replace("%", "%%"),
         }
         kind = _plain_type(hints[f.name])
+        if f.metadata["bare"] is not None:
+            add_share(group, f.name, f.metadata["bare"], kwargs["help"])
+            continue
         if kind is bool:
             kwargs |= {"action": argparse.BooleanOptionalAction}
         elif typing.get_origin(hints[f.name]) is tuple:
@@ -71,6 +76,24 @@ def add_flags(parser: argparse.ArgumentParser, section: type, title: str) -> Non
         else:
             kwargs |= {"type": kind, "metavar": "|".join(f.metadata["choices"] or (kind.__name__.upper(),))}
         group.add_argument("--" + f.name.replace("_", "-"), **kwargs)
+
+
+def add_share(group: Any, name: str, bare: float, help: str) -> None:
+    """Add --NAME [SHARE], a number that is `bare` where none is given, and --no-NAME for 0; absent flags stay absent.
+
+    Args:
+        group: an argparse parser, or a group of one.
+    """
+
+    def number(text: str) -> float:
+        try:
+            return float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number; a word after --{name} is its share") from None
+
+    shared: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
+    group.add_argument(f"--{name}", nargs="?", const=bare, type=number, metavar="SHARE", help=help, **shared)
+    group.add_argument(f"--no-{name}", action="store_const", const=0.0, help=f"--{name} 0", **shared)
 
 
 def build(section: type[T], values: Mapping[str, Any], where: str, flags: bool = False) -> T:
@@ -92,6 +115,9 @@ def build(section: type[T], values: Mapping[str, Any], where: str, flags: bool =
                 f"{where}: unknown key {key!r}{nearest(str(key), known)}; known: {' '.join(known) or 'none'}"
             )
         name = f"{where}: " + ("--" + key.replace("_", "-") if flags else key)
+        bare = known[key].metadata.get("bare")
+        if bare is not None and isinstance(value, bool):
+            value = bare if value else 0.0
         digits = known[key].metadata.get("pattern") and isinstance(value, int) and not isinstance(value, bool)
         checked[key] = _checked(str(value) if digits else value, hints[key], name)
         _in_range(checked[key], known[key].metadata, name)

@@ -5,12 +5,14 @@ Shape letters used throughout distmeta:
   M values of a field (1 for a categorical one), F fields, e embedding width, d inputs and h outputs of a layer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class _Movable:
@@ -18,19 +20,21 @@ class _Movable:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
         """The same value on `device`, its floating-point tensors as `dtype` where one is given."""
-        return type(self)(**{f.name: _moved(getattr(self, f.name), device, dtype) for f in fields(self)})  # type: ignore[arg-type]
+        return _each(self, lambda t: t.to(device, dtype if t.is_floating_point() else None))
 
 
-def _moved(value: Any, device: torch.device | str, dtype: torch.dtype | None) -> Any:
+def _each(value: T, change: Callable[[Tensor], Tensor]) -> T:
+    """The same value with all its tensors changed, always in the same order."""
+    found: Any = value
     if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else None)
-    if isinstance(value, _Movable):
-        return value.to(device, dtype)
-    if isinstance(value, dict):
-        return {k: _moved(v, device, dtype) for k, v in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_moved(v, device, dtype) for v in value)
-    return value
+        found = change(value)
+    elif isinstance(value, _Movable):
+        found = type(value)(**{f.name: _each(getattr(value, f.name), change) for f in fields(value)})  # type: ignore[arg-type]
+    elif isinstance(value, dict):
+        found = {k: _each(v, change) for k, v in value.items()}
+    elif isinstance(value, tuple):
+        found = tuple(_each(v, change) for v in value)
+    return found
 
 
 @dataclass(frozen=True)
@@ -117,3 +121,26 @@ class TaskBatch(_Movable):
 
     def __iter__(self) -> Iterator[TaskBlock]:
         return iter(self.blocks)
+
+
+class Packed:
+    """A batch on its way to a GPU: its dozens of small tensors as one of each type, in memory that is copied from
+    without a pause of the program."""
+
+    def __init__(self, batch: TaskBatch) -> None:
+        tensors: dict[torch.dtype, list[Tensor]] = {}
+        self._batch = _each(batch, lambda t: tensors.setdefault(t.dtype, []).append(t) or t)
+        self._flat = {dtype: _joined([t.reshape(-1) for t in each]) for dtype, each in tensors.items()}
+
+    def to(self, device: torch.device) -> TaskBatch:
+        """The batch on `device`: views of one copy a type, queued before what is computed with it."""
+        sizes: dict[torch.dtype, list[int]] = {dtype: [] for dtype in self._flat}
+        _each(self._batch, lambda t: sizes[t.dtype].append(t.numel()) or t)
+        parts = {d: iter(flat.to(device, non_blocking=True).split(sizes[d])) for d, flat in self._flat.items()}
+        return _each(self._batch, lambda t: next(parts[t.dtype]).view(t.shape))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The 1-d tensors one after the other, in page-locked memory; torch keeps it from use until it was copied."""
+    flat = torch.empty(sum(map(len, parts)), dtype=parts[0].dtype, pin_memory=True)
+    return torch.cat(parts, out=flat)

@@ -17,7 +17,7 @@ from distmeta.storage import Location
 
 CLUSTERS = {
     "ray": ("test_ray",),
-    "clusters": ("test_emulated", "test_readme", "test_jobs", "test_scaling", "test_search_ray"),
+    "clusters": ("test_emulated", "test_readme", "test_jobs", "test_scaling", "test_search_ray", "test_trialrun"),
 }
 """Files that start Ray clusters: each group is one process's, so that there are two clusters at a time at most."""
 

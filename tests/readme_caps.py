@@ -17,7 +17,8 @@ _TASKS = "epoch-tasks=32 valid-tasks=16"
 _LISTS = "scenario-users=20 pretrained-width=8"
 CAPS = {
     "train": "--epochs 1 --epoch-tasks 32 --valid-tasks 16 --no-floors",
-    "train cmml-scenario": "--epochs 1 --epoch-tasks 8 --valid-tasks 4 --scenario-users 20 --pretrained-width 8 --no-floors",
+    "train cmml-scenario": "--epochs 1 --epoch-tasks 8 --valid-tasks 4 --no-floors --scenario-users 20"
+    " --pretrained-width 8",
     "prepare synthetic": "--users 300",
     "prepare synthetic --profile": "--users 1000 --items 2000 --interactions 20000 --jobs 1",
     "search": "--trials 1 --epochs 1 --grace 1 --set epoch-tasks=32 --set valid-tasks=16 --set no-floors",

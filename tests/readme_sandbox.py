@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 import yaml
+from emulation import head
 from readme_blocks import REPO, Block
 from readme_python import CLIENT
-from test_jobs import head
 
 EVERY = 16
 """One of so many users of the real logs is there."""
@@ -62,8 +62,8 @@ def sandbox(folder: Path, raw: Path, data: Path) -> Iterator[Sandbox]:
     home.mkdir()
     plain = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     env = {
-        **plain, "RAY_AUTH_MODE": "disabled", "HOME": str(home), "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0",
+        **plain, "HOME": str(home), "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0",
     }  # fmt: skip
     log = folder / "bin" / "log"
     with log.open("wb") as words:

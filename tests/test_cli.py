@@ -41,6 +41,7 @@ def failing(capsys, argv: list[str], status: int = 2) -> str:
         (["train", "--protocol", "cmml"], ["--protocol is 'cmml'", "did you mean cmml-user?"]),
         (["train", "--workers", "2:"], ["--workers", "2:", "a number of workers, or A:B"]),
         (["train", "--resume"], ["--resume needs --run"]),
+        (["train", "--retried"], ["--retried needs --run"]),
         (["train", "--resume", "--run", "nowhere"], ["nowhere: no run here"]),
         (["train", "--config", "nowhere.yaml"], ["nowhere.yaml: no such config file"]),
         (["train", "--data", "nowhere"], ["nowhere", "no dataset here", "jobs.prepare"]),

@@ -163,3 +163,34 @@ def test_fixed_is_what_decides_the_parameters():
 def test_epochs_are_fixed_where_the_step_size_depends_on_them():
     decaying = load(None, "melu", {"lr_decay": 0.1})
     assert config_module.fixed(decaying) != config_module.fixed(change(decaying, "train", epochs=99))
+
+
+def test_shares_of_a_gpu(tmp_path):
+    """--gpu is one, --gpu SHARE a part of one; what older configs say is understood; workers do not share one."""
+    from distmeta.commands import search_plan
+    from distmeta.commands.search import main as search
+    from distmeta.commands.train import parse
+    from distmeta.parallel import launch
+
+    for words, share in (("", 0), ("--gpu", 1), ("--gpu 0.25", 0.25), ("--gpu --no-gpu", 0), ("--gpu --lr 0.1", 1)):
+        assert parse(["melu", *words.split()]).train.gpu == share
+    for stored, share in (("true", 1), ("false", 0), ("0.5", 0.5)):
+        assert load(written(tmp_path, f"method: melu\ntrain: {{gpu: {stored}}}"), None, {}).train.gpu == share
+    for words, sentence in (
+        (["--gpu", "2"], "--gpu must be at most 1"),
+        (["--gpu", "-1"], "--gpu must be at least 0"),
+        (["--gpu", "mamo"], "'mamo' is no number"),
+        (["--precision", "bf"], "--precision is 'bf'.* choose one of float32 tf32 bf16"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            parse(["melu", *words])
+    for workers in ("2", "1:2"):
+        with pytest.raises(UserError, match=r"--gpu 0.5 --workers 2: workers that train together have a GPU each"):
+            launch.workers(load(None, "melu", {"gpu": 0.5, "workers": workers}))
+    assert launch.workers(load(None, "melu", {"gpu": 0.5, "workers": "1"})) == (1, 1)
+    out = ["melu", "--out", str(tmp_path / "s"), "--data", str(tmp_path)]
+    with pytest.raises(UserError, match=r"--gpu 0.5 --workers-per-trial 2: .* --workers-per-trial 0"):
+        search([*out, "--gpu", "0.5", "--workers-per-trial", "2"])
+    with pytest.raises(UserError, match="--gpu must be from 0 to 1"):
+        search([*out, "--gpu", "1.5"])
+    assert search_plan.DEFAULTS["gpu"] == 0

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from distmeta import cli
 from distmeta.parallel import rundir
@@ -74,9 +75,10 @@ def test_a_run_that_exists_is_not_overwritten(finished, small, capsys):
     assert {f: f.read_bytes() for f in finished.rglob("*") if f.is_file()} == before
 
 
-def test_finished_run_resumed_says_so(finished, capsys):
+@pytest.mark.parametrize("flag", ["--resume", "--retried"])
+def test_finished_run_resumed_says_so(finished, capsys, flag):
     before = {f: f.read_bytes() for f in finished.rglob("*") if f.is_file() and f.name != ".lock"}
-    assert cli.main(["train", "--run", str(finished), "--resume"]) == 0
+    assert cli.main(["train", "--run", str(finished), flag]) == 0
     assert "was finished already (best step " in capsys.readouterr().out
     assert {f: f.read_bytes() for f in finished.rglob("*") if f.is_file() and f.name != ".lock"} == before
 
@@ -102,8 +104,24 @@ def test_evaluate_gives_the_same_numbers_again(finished, tmp_path, capsys):
     ],
 )
 def test_resume_with_other_settings_names_the_key(finished, capsys, argv, words):
-    assert cli.main([*argv, "--run", str(finished), "--resume"]) == 2
-    assert words in capsys.readouterr().err
+    for flag in ("--resume", "--retried"):
+        assert cli.main([*argv, "--run", str(finished), flag]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_retried_begins_where_nothing_is_kept(tmp_path, small, capsys):
+    """No run, or the config.yaml alone of one that was killed or could not be, whose settings may then be mended."""
+    run = tmp_path / "run"
+    assert train(run, small, "--clusters", "9999", "--retried", method="hml") == 2
+    assert {f.name for f in run.iterdir()} == {".lock", "config.yaml"}
+    (tmp_path / "job.yaml").write_text(f"method: itemmean\ntrain: {{run: {run}, retried: true}}\n")
+    argv = ["train", "--config", str(tmp_path / "job.yaml"), "--data", str(small)]
+    assert cli.main(argv) == 0
+    assert "was finished already" not in capsys.readouterr().out
+    kept = yaml.safe_load((run / "config.yaml").read_text())["train"]
+    assert (kept["retried"], kept["resume"]) == (False, False)
+    assert cli.main(argv) == 0
+    assert "was finished already" in capsys.readouterr().out
 
 
 def test_more_epochs_are_the_same_as_at_once(finished, small, tmp_path):
@@ -126,8 +144,8 @@ def test_other_data_is_refused(finished, tmp_path, capsys):
     assert str(other) not in (finished / "config.yaml").read_text()
 
 
-@pytest.mark.parametrize("method", ["melu", "metacs"])
-def test_killed_and_gone_on_with(tmp_path, small, method):
+@pytest.mark.parametrize(("method", "flag"), [("melu", "--resume"), ("metacs", "--retried")])
+def test_killed_and_gone_on_with(tmp_path, small, method, flag):
     """SIGKILL in the middle; `--resume` ends in the same bytes as the run that nothing happened to."""
     argv = [*FLAGS, "--epochs", "60", "--patience", "0", "--checkpoint-steps", "4", "--lr", "1e-4"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -143,7 +161,7 @@ def test_killed_and_gone_on_with(tmp_path, small, method):
         assert process.wait() == -signal.SIGKILL
     assert 5 <= len(metrics(parts)) < 60
     assert not (parts / "run.json").exists()
-    assert cli.main(["train", "--run", str(parts), "--resume"]) == 0
+    assert cli.main(["train", "--run", str(parts), flag]) == 0
     assert tensors(parts) == tensors(whole)
     assert metrics(parts) == metrics(whole)
     evaluations = [json.loads((run / "evaluation.json").read_text()) for run in (whole, parts)]

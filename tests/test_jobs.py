@@ -1,119 +1,28 @@
 """`ray job submit` against a head that is started as a user would start it; everything in processes of their own.
 
-No Ray in this process, and never `ray stop`: it would end every Ray of the user.
+No Ray in this process.
 """
 
-import contextlib
 import hashlib
-import os
+import platform
+import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import time
-import urllib.error
-import urllib.request
-import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from emulation import REPO, TOKEN, Head, descendants, environment, free_ports, head, until
 
 from distmeta.parallel import checkpoint
 from distmeta.storage import Location
 
-REPO = Path(__file__).parent.parent
-RAY = str(Path(sys.executable).with_name("ray"))
-TOKEN = "0123456789abcdef" * 4
-MARK = "DISTMETA_TEST_MARK"
 SENT = ("distmeta", "jobs", "tune")
 """What `ray job submit` is to send of a checkout."""
 TRAIN = ["train", "melu", "--threads", "1", "--batch-size", "8", "--patience", "0", "--epochs", "40"]
-
-
-def environment(home: Path, **extra: str) -> dict[str, str]:
-    """This process's environment without its Ray settings, marked so that descendants can be found."""
-    plain = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    return {**plain, "HOME": str(home), MARK: uuid.uuid4().hex, "RAY_USAGE_STATS_ENABLED": "0", **extra}
-
-
-def descendants(env: dict[str, str]) -> list[str]:
-    """Command lines of the living processes with this environment's mark."""
-    found, mark = [], f"{MARK}={env[MARK]}".encode()
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if mark in (process / "environ").read_bytes():
-                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip())
-    return [f for f in found if f]
-
-
-def until(true: Callable[[], object], what: str, seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, what
-        time.sleep(0.1)
-
-
-def free_ports(n: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(n)]
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
-
-
-@dataclass
-class Head:
-    """A running `ray start --head`, and what a client of it sets."""
-
-    env: dict[str, str]
-    gcs: str
-    api: str
-
-    def ray(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
-        everything = {**self.env, "RAY_API_SERVER_ADDRESS": self.api, **env}
-        return subprocess.run([RAY, *words], env=everything, capture_output=True, text=True, timeout=150)
-
-    def submit(self, tree: Path, *words: str, options: tuple[str, ...] = ()) -> tuple[int, str]:
-        """Exit status and output of `ray job submit`, which follows the job's log."""
-        done = self.ray("job", "submit", *options, "--working-dir", str(tree), "--", *words)
-        return done.returncode, done.stdout + done.stderr
-
-
-@contextlib.contextmanager
-def head(home: Path, **auth: str) -> Iterator[Head]:
-    env = environment(home, RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0", **auth)  # 30 s
-    gcs, api, client, agent = free_ports(4)
-    short = tempfile.mkdtemp(prefix="dm")  # socket names below it may have 107 characters
-    words = f"start --head --block --num-cpus=2 --port={gcs} --dashboard-host=127.0.0.1 --dashboard-port={api}"
-    words += f" --ray-client-server-port={client} --dashboard-agent-listen-port={agent} --temp-dir={short}"
-    words += " --min-worker-port=0 --max-worker-port=0 --disable-usage-stats"
-    with open(home / "head.log", "w") as log:
-        process = subprocess.Popen([RAY, *words.split()], env=env, stdout=log, stderr=log, start_new_session=True)
-    try:
-        url = f"http://127.0.0.1:{api}"
-
-        def answers() -> bool:
-            assert process.poll() is None, (home / "head.log").read_text()
-            try:
-                return bool(urllib.request.urlopen(f"{url}/api/version", timeout=5))
-            except urllib.error.HTTPError as e:
-                return e.code == 401
-            except OSError:
-                return False
-
-        until(answers, "the head does not answer")
-        yield Head(env, f"127.0.0.1:{gcs}", url)
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-        until(lambda: not descendants(env), f"left running: {descendants(env)}", 20)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        shutil.rmtree(short, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +171,22 @@ def test_without_the_token_nothing_is_let_in(guarded, small, tree, tmp_path, aut
         refused = guarded.ray("job", "submit", "--working-dir", str(tree), "--", "true", **auth)
         assert refused.returncode != 0
         assert "401" in refused.stdout + refused.stderr or "uthentication" in refused.stdout + refused.stderr
+
+
+def test_another_version_than_the_clusters(guarded, small, tmp_path):
+    code = "import sys, ray; ray.__version__ = '2.59.0'; from distmeta import cli; sys.exit(cli.main(sys.argv[1:]))"
+    words = [*TRAIN, "--data", str(small), "--run", str(tmp_path / "run"), "--workers", "2"]
+    env = {**guarded.env, "RAY_ADDRESS": guarded.gcs}
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=REPO, env=env, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    found = re.fullmatch(
+        r"error: RAY_ADDRESS=\S+: the cluster has Ray (\S+) and Python (\S+), this process Ray (\S+) and Python (\S+),"
+        r" which must be the same; .*`ray job submit`\n",
+        done.stderr,
+    )
+    assert found, done.stderr
+    ray, python = metadata.version("ray"), platform.python_version()
+    assert found.groups() == (ray, python, "2.59.0", python)
 
 
 def test_where_no_cluster_answers(small, tmp_path):

@@ -63,7 +63,7 @@ def nodes() -> Iterator[Nodes]:
 
 @pytest.fixture(autouse=True)
 def _two_nodes(nodes: Nodes) -> None:
-    nodes.fill()
+    nodes.fill(2)
 
 
 def argv(run: Path, place: Location, method: str, *flags: str) -> list[str]:
@@ -175,8 +175,8 @@ def test_killed_node(tmp_path, small, nodes, calm, capfd):
         run.wait(lambda: lines(tmp_path / "run"))
         said = refused(capfd, [*words, "--resume"])
         run.wait(lambda: len(lines(tmp_path / "run")) > 3)
-        nodes.kill_node()
-        nodes.fill()
+        nodes.lose()
+        nodes.fill(2)
     assert f"is being trained by process {os.getpid()}" in said
     assert run.status == 0
     assert final(tmp_path / "run") == final(calm("melu"))
@@ -189,7 +189,7 @@ def test_elastic_goes_on_with_what_is_left(tmp_path, small, nodes, calm):
     words[words.index("--workers") + 1] = "1:2"
     with command(*words) as run:
         run.wait(lambda: len(lines(tmp_path / "run")) > 3)
-        nodes.kill_node()
+        nodes.lose()
     assert run.status == 0
     assert [lines(tmp_path / "run")[i]["world"] for i in (0, -1)] == [2, 1]
     last, plain = lines(tmp_path / "run")[-1], lines(calm("melu"))[-1]
@@ -320,11 +320,29 @@ def refused(capfd: Any, words: list[str], status: int = 2) -> str:
     return sentence
 
 
-def test_more_workers_than_shards_or_cpus(tmp_path, small, nodes, capfd):
+def test_more_workers_than_there_is_room_for(tmp_path, small, nodes, capfd, monkeypatch):
+    """The autoscaler is asked for nodes, and no longer than they are waited for."""
+    asked = []
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: asked.append(bundles))
     words = argv(tmp_path / "run", small, "melu", "--wait", "1")
-    for workers, said in (("17", "has 16 shards"), ("3", "3 workers need 3 CPUs, the cluster has 2 after 1 s")):
-        words[words.index("--workers") + 1] = workers
+    for flag, value, said in (
+        ("--workers", "17", "has 16 shards"),
+        ("--workers", "3", "3 workers need 3 CPUs, the cluster has 2 after 1 s"),
+        (
+            "--workers",
+            "1",
+            "1 worker needs 2 CPUs on one node, the cluster has 2 nodes of 1 CPU: room for 0 after 1 s",
+        ),
+        ("--gpu", None, "1 worker needs 1 GPUs, the cluster has 0 after 1 s"),
+    ):
+        if value:
+            words[words.index(flag) + 1] = value
+            words[words.index("--threads") + 1] = "2" if value == "1" else "1"
+        else:
+            words = [*words, flag, "--threads", "1"]
         assert said in refused(capfd, words)
+    each = [[{"CPU": 1}] * 3, [{"CPU": 2}], [{"CPU": 1, "GPU": 1.0}]]
+    assert asked == [a for bundles in each for a in (bundles, [])]
 
 
 @pytest.mark.parametrize("reader", ["driver", "tasks"])

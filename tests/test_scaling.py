@@ -6,24 +6,24 @@ from typing import Any
 import pytest
 
 from distmeta import cli
-from distmeta.commands import benchmark_scaling
+from distmeta.commands import scaling_runs
 from distmeta.errors import RunError
 from distmeta.parallel.update import cores
 
 
 def run(began: float, ended: float, seconds: float, rates: list[float]) -> Any:
     lines = [{"seconds": seconds, "tasks_per_s": rate} for rate in rates]
-    return benchmark_scaling._Run(lines, began, ended)
+    return scaling_runs.Run(lines, began, ended)
 
 
 def test_independent_processes_are_measured_while_all_train():
     """One from 10 to 15 s, one from 12 to 17 s, epochs of 1 s, each at 100 tasks/s with the other, at 1000 alone."""
     early = run(8, 15, 1.0, [1000, 1000, 1000, 110, 100])
     late = run(8, 17, 1.0, [50, 100, 90, 1000, 1000])
-    assert benchmark_scaling._speed([early, late]) == (110 + 100) / 2 + (100 + 90) / 2
+    assert scaling_runs.speed([early, late]) == (110 + 100) / 2 + (100 + 90) / 2
     assert (early.start(), late.start()) == (2, 4)
     with pytest.raises(RunError, match="use more --epochs"):
-        benchmark_scaling._speed([run(8, 13, 1.0, [100] * 3), late])
+        scaling_runs.speed([run(8, 13, 1.0, [100] * 3), late])
 
 
 def test_workers_against_independent_processes(small, tmp_path, capsys):
@@ -47,9 +47,22 @@ def test_workers_against_independent_processes(small, tmp_path, capsys):
     assert "of a bare fit()" in out
 
 
+def test_nodes_against_one_node(small, tmp_path, capsys):
+    file = tmp_path / "rows.json"
+    argv = ["--data", str(small), "--batch-size", "2", "--epochs", "4", "--turns", "1", "--nodes", "2"]
+    assert cli.main(["benchmark", "scaling", *argv, "--json", str(file)]) == 0
+    one, two = json.loads(file.read_text())
+    assert [r["variant"] for r in (one, two)] == ["one node", "2 nodes"]
+    assert two["ratio_to"]["one node"] == pytest.approx(two["value"] / one["value"])
+    assert one["same_parameters"]
+    assert two["same_parameters"]
+    assert "x one node" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
+        (["--nodes", "3"], "--workers 2 are not as many on each of 3 nodes"),
         (["--epochs", "3"], "--epochs must be at least 4"),
         ([], "give --data DATASET"),
         (

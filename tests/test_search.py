@@ -260,6 +260,8 @@ def test_a_trial_waits_for_the_process_that_it_replaces(tmp_path):
         (["constant"], "constant has nothing to tune"),
         (["melu", "melu"], "named twice"),
         (["--resume"], "no search here"),
+        (["--retried"], "name at least one METHOD"),
+        (["melu", "--retried", "--data", "/nowhere"], "/nowhere"),
         (["melu", "--trails", "3"], "did you mean --trials"),
     ],
 )
@@ -283,6 +285,8 @@ def search_there(tmp_path) -> str:
         (["--resume", "--sampler", "random"], "was started with sampler = 'tpe', not 'random'"),
         (["--resume", "--no-pruning"], "was started with pruning = True, not False"),
         (["--resume"], "/nowhere"),
+        (["hml", "--retried"], r"was started with methods = \['melu'\], not \['hml'\]"),
+        (["melu", "--retried", "--trials", "3"], "/nowhere"),
         (["melu"], "a search exists here; add --resume"),
     ],
 )

@@ -34,7 +34,7 @@ def nodes() -> Iterator[Nodes]:
 
 @pytest.fixture(autouse=True)
 def _two_nodes(nodes: Nodes) -> None:
-    nodes.fill()
+    nodes.fill(2)
 
 
 def at_work(nodes: Nodes) -> list[int]:
@@ -74,7 +74,7 @@ def working(nodes: Nodes, out: Path) -> int | None:
 
 def kill_in_the_middle(nodes: Nodes, argv: list[str], out: Path) -> FrozenTrial:
     """Run a search in a process of its own until a trial is under way, and kill both; the trial as it was then."""
-    env = {**os.environ, "RAY_ADDRESS": nodes.cluster.address}
+    env = {**os.environ, "RAY_ADDRESS": nodes.address}
     driver = subprocess.Popen([sys.executable, "-m", "tune.search", *argv], env=env, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 240

@@ -16,7 +16,7 @@ from distmeta.commands import benchmark_search
 from distmeta.data.loader import Loader, read_items
 from distmeta.data.tasktable import TaskTable
 from distmeta.errors import UserError
-from distmeta.parallel import hosting, trainer, trialrun
+from distmeta.parallel import hosting, room, trainer, trialrun
 from distmeta.parallel.stored import Stored
 from distmeta.storage import Location
 
@@ -48,7 +48,7 @@ def equal(a: Any, b: Any) -> bool:
 @pytest.fixture(scope="module")
 def store() -> Iterator[Any]:
     """A cluster of this module's own."""
-    with hosting.connected(1, False, 60):
+    with hosting.connected(1, 0.0, 60):
         import ray
 
         yield ray
@@ -137,22 +137,48 @@ def test_a_stopped_trial_goes_on_from_its_checkpoint(tmp_path, small):
 @pytest.mark.parametrize(
     ("nodes", "workers", "threads", "gpu", "fit"),
     [
-        ([{"CPU": 2}], 0, 1, False, 2),
-        ([{"CPU": 2}], 1, 1, False, 2),
-        ([{"CPU": 2}], 2, 1, False, 1),
-        ([{"CPU": 2}], 3, 1, False, 0),
-        ([{"CPU": 3}, {"CPU": 3}], 1, 2, False, 2),  # not the three that six CPUs would have room for
-        ([{"CPU": 3}, {"CPU": 3}, {}], 2, 1, False, 3),
-        ([{"CPU": 8, "GPU": 2}, {"CPU": 8}], 2, 1, True, 1),
+        ([{"CPU": 2}], 0, 1, 0.0, 2),
+        ([{"CPU": 2}], 1, 1, 0.0, 2),
+        ([{"CPU": 2}], 2, 1, 0.0, 1),
+        ([{"CPU": 2}], 3, 1, 0.0, 0),
+        ([{"CPU": 3}, {"CPU": 3}], 1, 2, 0.0, 2),  # not the three that six CPUs would have room for
+        ([{"CPU": 3}, {"CPU": 3}, {}], 2, 1, 0.0, 3),
+        ([{"CPU": 8, "GPU": 2}, {"CPU": 8}], 2, 1, 1.0, 1),
+        ([{"CPU": 8, "GPU": 2}, {"CPU": 3, "GPU": 1}], 0, 1, 0.25, 11),  # the second has too few CPUs for a fourth
+        ([{"CPU": 9, "GPU": 2}], 0, 1, 0.4, 4),  # a share is of one GPU: not five
+        ([{"CPU": 9, "GPU": 1}], 0, 1, 0.1, 9),
+        ([{"CPU": 99, "GPU": 1}], 0, 1, 0.3333, 3),
+        ([{"CPU": 99, "GPU": 1}], 0, 1, 1 / 3, 3),
     ],
 )
 def test_as_many_trials_as_none_waits_for_another(nodes, workers, threads, gpu, fit):
     assert hosting.at_once(nodes, workers, threads, gpu) == fit
 
 
+@pytest.mark.parametrize(
+    ("nodes", "needed", "threads", "gpu", "said"),
+    [
+        ([{"CPU": 4}, {"CPU": 4}], 2, 4, 0, None),
+        ([], 2, 1, 0, "2 workers need 2 CPUs, the cluster has 0"),
+        (
+            [{"CPU": 3}, {"CPU": 3}, {"CPU": 1}], 1, 4, 0,
+            "1 worker needs 4 CPUs on one node, the cluster has 2 nodes of 3 CPUs, 1 node of 1 CPU: room for 0",
+        ),
+        ([{"CPU": 8, "GPU": 1}, {"CPU": 8}], 2, 4, 1, "2 workers need 2 GPUs, the cluster has 1"),
+        (
+            [{"CPU": 1, "GPU": 2}, {"CPU": 8}], 2, 2, 1,
+            "2 workers need 2 CPUs and 1 GPU each on one node, the cluster has 1 node of 1 CPU and 2 GPUs,"
+            " 1 node of 8 CPUs and 0 GPUs: room for 0",
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_cluster_lacks(nodes, needed, threads, gpu, said):
+    assert room.short(nodes, needed, threads, gpu) == said
+
+
 def test_too_small_a_cluster_is_a_sentence(store):
     sentence = pytest.raises(UserError, match=r"99 workers need 99 CPUs.*fewer --workers-per-trial")
-    with sentence, hosting.connected(1, False, 0, 99):
+    with sentence, hosting.connected(1, 0.0, 0, 99):
         pytest.fail("connected")
 
 

@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distmeta.adaptation.products import product_transposed, products_with, through, transposed_product, weight_gradient
+from distmeta.adaptation.precision import matmul
+from distmeta.adaptation.products import (
+    product_transposed,
+    products_with,
+    through,
+    times,
+    transposed_product,
+    weight_gradient,
+)
 
 Gradients = tuple[Tensor | None, ...]
 Kept = tuple[Tensor, ...]
@@ -53,19 +61,19 @@ class Shared:
         self.bias = bias
 
     def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
-        return F.linear(x, self.weight.t(), self.bias), ()
+        return times(x, self.weight, self.bias), ()
 
     def back(self, delta: Tensor) -> tuple[Tensor, Kept]:
         if delta.shape[-1] == 1:  # an outer product, which needs no product of matrices
             return delta * self.weight.view(-1), ()
-        return torch.matmul(delta, self.weight.t()), ()
+        return matmul(delta, self.weight.t()), ()
 
     def forward_gradients(self, x: Tensor, g: Tensor, kept: Kept = ()) -> tuple[Tensor, Gradients]:
         flat = g.flatten(0, 1)
         return self.back(g)[0], (weight_gradient(x.flatten(0, 1), flat), flat.sum(0))
 
     def back_gradients(self, delta: Tensor, e: Tensor, kept: Kept = ()) -> tuple[Tensor, Gradients]:
-        return torch.matmul(e, self.weight), (torch.mm(e.flatten(0, 1).t(), delta.flatten(0, 1)), None)
+        return matmul(e, self.weight), (matmul(e.flatten(0, 1).t(), delta.flatten(0, 1)), None)
 
 
 class Private:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distmeta.adaptation import precision
+
 
 class _Inner(torch.autograd.Function):
     @staticmethod
@@ -47,14 +49,14 @@ class _Affine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.linear(x, weight.t(), bias)
+        return times(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         (g,), (x, weight) = grad, ctx.saved_tensors
         flat = g.flatten(0, -2)
         return (
-            torch.matmul(g, weight.t()) if ctx.needs_input_grad[0] else None,
+            precision.matmul(g, weight.t()) if ctx.needs_input_grad[0] else None,
             weight_gradient(x.flatten(0, -2), flat) if ctx.needs_input_grad[1] else None,
             flat.sum(0) if ctx.needs_input_grad[2] else None,
         )
@@ -127,9 +129,19 @@ def through(delta: Tensor, y: Tensor, slope: float, out: Tensor | None = None) -
     return torch.ops.aten.threshold_backward.grad_input(delta, y, 0, grad_input=out)
 
 
+def times(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W + b without a graph: [..., d], [d, h], [h] -> [..., h]."""
+    if not precision.rounds(x):
+        return F.linear(x, weight.t(), bias)
+    z = precision.matmul(x, weight)
+    return z if bias is None else z.add_(bias)
+
+
 def weight_gradient(x: Tensor, g: Tensor) -> Tensor:
     """xᵀ g [d, h] from [n, d] and [n, h], with the narrower matrix as the left one: a tenth faster where d > h."""
-    return torch.mm(g.t(), x).t().contiguous() if x.shape[1] > g.shape[1] > 1 else torch.mm(x.t(), g)
+    if x.shape[1] > g.shape[1] > 1:
+        return precision.matmul(g.t(), x).t().contiguous()
+    return precision.matmul(x.t(), g)
 
 
 def products_with(x: Tensor, w: Tensor) -> Tensor:
@@ -156,6 +168,11 @@ def transposed_product(x: Tensor, delta: Tensor) -> Tensor:
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W + b: [..., d], [d, h], [h] -> [..., h]."""
     return _Affine.apply(x, weight, bias)  # type: ignore[return-value]
+
+
+def back(delta: Tensor, weight: Tensor) -> Tensor:
+    """δ Wᵀ: [..., h], [d, h] -> [..., d]."""
+    return affine(delta, weight.t()) if precision.rounds(delta) else torch.matmul(delta, weight.t())
 
 
 def descend(weight: Tensor, bias: Tensor, x: Tensor, delta: Tensor, rate: Tensor | float) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distmeta.adaptation.features import Features, PerTask
 from distmeta.adaptation.maps import Linear, Mix
-from distmeta.adaptation.products import inner
+from distmeta.adaptation.products import back, inner
 
 
 class Start(Protocol):
@@ -48,7 +48,7 @@ class Own:
         return x.times(self.layer.weight, self.layer.bias)
 
     def input_delta(self, delta: Tensor, x: Features, part: int) -> Tensor:
-        return torch.matmul(delta, x.slices(self.layer.weight)[part].t())
+        return back(delta, x.slices(self.layer.weight)[part])
 
     def weights(self) -> tuple[Tensor, Tensor]:
         return self.layer.weight, self.layer.bias

@@ -26,6 +26,7 @@ from distmeta.networks import Decision
 from distmeta.tasks import Bag, Rows, TaskBatch, TaskBlock
 
 Variant = Callable[[], Sequence[Tensor]]
+CPU = torch.device("cpu")
 FORMS = {"auto": "auto", "dual": "dual", "materialised": "private"}
 SUPPORT, QUERY, ITEMS, BLOCK = 36, 10, 3_000, 64
 USER_FIELDS = (
@@ -44,13 +45,28 @@ COUNTS = {"genre": (0.4, 0.35, 0.18, 0.07), "director": (0.93, 0.07), "actor": (
 """How often an item has 1, 2, … values of a field."""
 
 
-def plain(b: int, s: int, q: int, d: int, h: int, steps: int, double: bool = False) -> dict[str, Variant]:
+@dataclass
+class Case:
+    """Variants of a case, and one task of it for counting operations."""
+
+    variants: dict[str, Variant]
+    first: Variant
+
+    def operations(self) -> int:
+        """Floating-point operations of one task's meta-gradient by plain autograd, as torch counts them."""
+        with FlopCounterMode(display=False) as counter:
+            self.first()
+        return counter.get_total_flops()
+
+
+def plain(b: int, s: int, q: int, d: int, h: int, steps: int, double: bool = False, device: torch.device = CPU) -> Case:
     """An MLP d → h → h → 1 on given inputs."""
     torch.manual_seed(0)
     dtype = torch.float64 if double else torch.float32
-    net = Decision(d, (h, h)).to(dtype)
-    sides = [(torch.randn(b, n, d, dtype=dtype), torch.randn(b, n, dtype=dtype)) for n in (s, q)]
-    support, query = (Rows(torch.zeros(b, 0), y, torch.ones(y.shape, dtype=torch.bool)) for _, y in sides)
+    net = Decision(d, (h, h)).to(device, dtype)
+    drawn = [(torch.randn(b, n, d, dtype=dtype), torch.randn(b, n, dtype=dtype)) for n in (s, q)]
+    sides = [(x.to(device), y.to(device)) for x, y in drawn]
+    support, query = (Rows(y[:, :0].long(), y, torch.ones_like(y, dtype=torch.bool)) for _, y in sides)
     leaves: list[Tensor] = list(net.parameters())
     rates: dict[Map, float] = dict.fromkeys(net, LR)
 
@@ -64,33 +80,22 @@ def plain(b: int, s: int, q: int, d: int, h: int, steps: int, double: bool = Fal
     inputs: list[baselines.Side] = [([(x, None)], y) for x, y in sides]
     variants: dict[str, Variant] = {name: partial(engine, form) for name, form in FORMS.items()}
     lr = [LR] * len(leaves)
-    return variants | {
-        "vmap": lambda: baselines.vmapped([], leaves, 0, steps, lr, inputs[0], inputs[1], leaves),
-        "loop": lambda: baselines.loop([], leaves, 0, steps, lr, inputs[0], inputs[1], leaves),
-    }
+
+    def loop(tasks: slice = slice(None)) -> Sequence[Tensor]:
+        one: list[baselines.Side] = [([(x[tasks], None)], y[tasks]) for x, y in sides]
+        return baselines.loop([], leaves, 0, steps, lr, one[0], one[1], leaves)
+
+    variants["vmap"] = lambda: baselines.vmapped([], leaves, 0, steps, lr, inputs[0], inputs[1], leaves)
+    return Case(variants | {"loop": loop}, lambda: loop(slice(1)))
 
 
-@dataclass
-class Whole:
-    """Variants of a whole-task case, and one task of it for counting operations."""
-
-    variants: dict[str, Variant]
-    first: Variant
-
-    def operations(self) -> int:
-        """Floating-point operations of one task's meta-gradient by plain autograd, as torch counts them."""
-        with FlopCounterMode(display=False) as counter:
-            self.first()
-        return counter.get_total_flops()
-
-
-def whole(model: str, tasks: int, steps: int, double: bool = False) -> Whole:
+def whole(model: str, tasks: int, steps: int, double: bool = False, device: torch.device = CPU) -> Case:
     """Tasks from ids: 8 fields × 32 → 64 → 64 → 1, 'whole' (MeLU), 'embeddings' (adapted as well: MetaCS) or
     'parameters' (MeLU with a step for each of them: Meta-SGD)."""
     torch.manual_seed(0)
     dtype = torch.float64 if double else torch.float32
     dataset = Dataset("benchmark", Label("rating", 1, 5), USER_FIELDS, ITEM_FIELDS, tasks, ITEMS, 0)
-    items, batch = _bags(ITEM_FIELDS, ITEMS, dtype), _batch(tasks, dtype)
+    items, batch = _bags(ITEM_FIELDS, ITEMS, dtype), _batch(tasks, dtype).to(device)
     cls, option = {
         "whole": (MeLU, options.MeLU(learn_rates=False)),
         "embeddings": (MetaCS, options.MetaCS(learn_rates=False)),
@@ -99,14 +104,15 @@ def whole(model: str, tasks: int, steps: int, double: bool = False) -> Whole:
     option, methods = replace(option, steps=steps, local_lr=LR), {}
     for name, form in ({"auto": "auto"} if model == "parameters" else FORMS).items():  # has one form
         torch.manual_seed(1)
-        methods[name] = cls(replace(option, form=form), dataset, items).to(dtype)
+        methods[name] = cls(replace(option, form=form), dataset, items).to(device, dtype)
+    items = {name: bag.to(device) for name, bag in items.items()}
 
     def engine(method: GradientMethod) -> Sequence[Tensor]:
         return torch.autograd.grad(method.loss(batch).sum(), _leaves(method))
 
     plain = _Baselines(methods["auto"], batch, items, adapted=model == "embeddings")
     variants: dict[str, Variant] = {name: lambda m=m: engine(m) for name, m in methods.items()}
-    return Whole(variants | plain.variants(), plain.first)
+    return Case(variants | plain.variants(), plain.first)
 
 
 def _leaves(method: GradientMethod) -> list[Tensor]:

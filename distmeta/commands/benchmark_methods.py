@@ -15,7 +15,7 @@ from distmeta.fields import add_flags, build
 from distmeta.methods import entry
 from distmeta.storage import Location
 
-_TAKEN = ("data", "steps", "patience", "epochs", "batch-size", "threads", "run", "resume", "workers")
+_TAKEN = ("data", "steps", "patience", "epochs", "batch-size", "threads", "run", "resume", "retried", "workers")
 """Flags of `train` that the benchmark itself sets."""
 
 Turns = Sequence[dict[str, Any]]

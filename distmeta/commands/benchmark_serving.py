@@ -86,7 +86,7 @@ def _trained(run: str) -> "tuple[_Place, dict[str, Method]]":
 
     where = Location.of(run)
     config = rundir.stored(where)
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, gpu=False))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, gpu=0.0))
     place = Location.of(config.data.data)
     options = protocols.protocol_options(config.data)
     table = tasktable.make(place, config.data.protocol, config.data.split_seed, options)
@@ -97,7 +97,7 @@ def _trained(run: str) -> "tuple[_Place, dict[str, Method]]":
 
 
 def _fresh(data: str, names: Sequence[str], given: Sequence[str]) -> "tuple[_Place, dict[str, Method]]":
-    settings = [Setting.of(text, "benchmark serving", ("data", "run", "resume")) for text in given]
+    settings = [Setting.of(text, "benchmark serving", ("data", "run", "resume", "retried")) for text in given]
     for s in settings:
         if not any(s.meant_for("", name) for name in names):
             raise UserError(f"benchmark serving: --set {s.text}: none of {' '.join(names)} has that flag")

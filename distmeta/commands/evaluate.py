@@ -13,7 +13,7 @@ from distmeta.data import protocols, tasktable
 from distmeta.data.schema import Dataset
 from distmeta.data.tasktable import TaskTable
 from distmeta.errors import UserError
-from distmeta.fields import build
+from distmeta.fields import add_share, build
 from distmeta.parallel import rundir, submitted
 from distmeta.storage import Location
 
@@ -52,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--data", metavar="DATASET", help="where the runs' dataset lies now, if it was moved")
     parser.add_argument("--workers", metavar="N", default="0", help="Ray workers, as of train [0]")
+    add_share(parser, "gpu", 1.0, "compute on a GPU, or not, as of train [as the run was trained]")
     args = parser.parse(argv)
     found: list[Found] = []
     for run in args.run:
@@ -63,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     places = [Location.of(args.data or config.data.data) for config in configs]
     _check_alike(runs, configs, places)
     for run, config, place in zip(runs, configs, places, strict=True):
-        config = _here(config, run, place, args.workers)
+        config = _here(config, run, place, {k: v for k, v in vars(args).items() if k in ("workers", "gpu")})
         dataset = Dataset.open(place)
         options = protocols.protocol_options(config.data)
         table = tasktable.make(place, config.data.protocol, config.data.split_seed, options)
@@ -77,9 +78,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _here(config: Config, run: Location, place: Location, workers: str) -> Config:
-    """The run's config with where things lie now and --workers as given; UserError for a wrong number of them."""
-    given = {**dataclasses.asdict(config.train), "run": str(run), "workers": workers, "floors": True}
+def _here(config: Config, run: Location, place: Location, flags: Mapping[str, Any]) -> Config:
+    """The run's config with where things lie now, and --workers and --gpu as given; UserError for a wrong number."""
+    given = {**dataclasses.asdict(config.train), "run": str(run), **flags, "floors": True}
     train = build(TrainOptions, given, "evaluate", flags=True)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, data=str(place)), train=train)
 

@@ -72,7 +72,7 @@ def _export(run: Location, data: str | None, wanted: dict[str, Location]) -> Non
     from distmeta.serving import export, onnxgraph
 
     config = rundir.stored(run)
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, gpu=False))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, gpu=0.0))
     place = Location.of(data or config.data.data)
     dataset = Dataset.open(place)
     table = tasktable.make(place, config.data.protocol, config.data.split_seed, protocols.protocol_options(config.data))
@@ -97,7 +97,7 @@ def _export(run: Location, data: str | None, wanted: dict[str, Location]) -> Non
         if not apart <= TOLERANCE:
             raise RunError(f"{wanted[kind]}: not written: its scores are up to {apart:.2g} from those of {run}")
         wanted[kind].write_bytes(made[kind][0])
-        Location(wanted[kind].fs, wanted[kind].path + ".json").write_json(
+        (wanted[kind].parent / f"{wanted[kind].name}.json").write_json(
             {**told, "format": kind, "compared": {"tasks": tasks, "largest_difference": apart}}
         )
         print(f"{wanted[kind]}: scores of {tasks} test tasks are within {apart:.1e} of the method's")

@@ -215,7 +215,7 @@ def _table(argv: Sequence[str]) -> int:
     _add_out(parser)
     args = parser.parse(argv)
     spec = Location.of(args.spec)
-    raw = Location.of(args.raw) if args.raw else Location(spec.fs, spec.path.rpartition("/")[0])
+    raw = Location.of(args.raw) if args.raw else spec.parent
     return _make(args.out, lambda out: table(spec, raw, out))
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from distmeta.evaluation.measured import Measured
     from distmeta.evaluation.study import Curves
 
-_TAKEN = ("data", "protocol", "split-seed", "run", "resume", "workers", "threads", "epochs")
+_TAKEN = ("data", "protocol", "split-seed", "run", "resume", "retried", "workers", "threads", "epochs")
 """Flags of `train` that the command itself sets."""
 _EPILOG = """\
 tables: {tables}
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     from distmeta.commands.reproduce_jobs import train_missing
 
     common = [w for f in ("workers", "threads", "epochs") if getattr(args, f) for w in (f"--{f}", getattr(args, f))]
-    _check_jobs(args.jobs, args.workers, Location.of(args.out))
+    _check_jobs(args.jobs, args.workers)
     settings = [Setting.of(text, "reproduce", _TAKEN) for text in args.set]
     call = runs.Call(args.seeds, Location.of(args.out), methods, settings, common)
     datasets = {name: runs.dataset_at(name, place) for name, place in places.items()}
@@ -206,14 +206,12 @@ def _places(given: Sequence[str], tables: Sequence[PaperTable | Study | Costs]) 
     return places
 
 
-def _check_jobs(jobs: int, workers: str | None, out: Location) -> None:
+def _check_jobs(jobs: int, workers: str | None) -> None:
     """UserError where so many runs cannot be trained at once."""
     if jobs < 1:
         raise UserError(f"reproduce: --jobs must be at least 1, not {jobs}")
     if jobs > 1 and workers not in (None, "0"):
         raise UserError(f"reproduce: --jobs {jobs} is for runs without Ray; leave out --workers {workers}, or --jobs")
-    if jobs > 1 and not out.is_local:
-        raise UserError(f"reproduce: --jobs {jobs} needs an --out on this machine for its logs, not {out}")
 
 
 def _check_tables(tables: Sequence[tuple[PaperTable, Sequence["Run"]]], failed: Mapping[str, str]) -> None:

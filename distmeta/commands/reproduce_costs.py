@@ -174,7 +174,7 @@ def measure(words: Sequence[str]) -> None:
     dataset, table = _tasks(words)
     items = read_items(Location.of(config.data.data), dataset)
     process.prepare(1)
-    with numerics(1, torch.device("cpu")):
+    with numerics(replace(config.train, threads=1), torch.device("cpu")):
         method = build_method(config, dataset, items, torch.device("cpu"))
         loader = Loader(table, dataset, "train", config.train.batch_size)
         batches = [batch for _, batch in zip(range(WARM + BATCHES), loader.epoch(0), strict=False)]

@@ -4,9 +4,11 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from distmeta import cli
 from distmeta.commands import train
@@ -85,16 +87,16 @@ def _at_once(missing: Sequence[Run], jobs: int, clock: _Clock, log: Callable[[st
         tasks(run, Location.of(run.config.data.data))
     waiting, failed = list(missing), Failed()
     running: dict[subprocess.Popen[bytes], Run] = {}
-    with _ended(running):
+    with tempfile.TemporaryDirectory() as folder, _ended(running, Path(folder)):
         while waiting or running:
             while waiting and len(running) < jobs:
                 run = waiting.pop(0)
                 log(clock.line(run))
-                running[_start(run)] = run
+                running[_start(run, Path(folder))] = run
             time.sleep(_POLL)
             for process in [p for p in running if p.poll() is not None]:
                 run = running.pop(process)
-                _close(process)
+                _close(process, run, Path(folder))
                 clock.ended += 1
                 if process.returncode == DIVERGED:
                     failed[str(run.where)] = said = _last_words(run)
@@ -106,12 +108,17 @@ def _at_once(missing: Sequence[Run], jobs: int, clock: _Clock, log: Callable[[st
 
 def _log(run: Run) -> Location:
     """Beside the run, not in it: a run that has kept nothing yet may hold nothing else."""
-    return Location(run.where.fs, f"{run.where.path}.log")
+    return run.where.parent / f"{run.where.name}.log"
 
 
-def _start(run: Run) -> subprocess.Popen[bytes]:
+def _words(run: Run, folder: Path) -> Path:
+    """Where a process writes what it says: the log, or a file in `folder` that becomes it at the process's end."""
+    return Path(_log(run).path) if run.where.is_local else folder / _log(run).path.replace("/", "_")
+
+
+def _start(run: Run, folder: Path) -> subprocess.Popen[bytes]:
     run.where.make_dir()
-    with open(_log(run).path, "wb") as words:
+    with open(_words(run, folder), "wb") as words:
         return subprocess.Popen(
             [sys.executable, "-m", __name__, *_argv(run), *([] if "--threads" in run.argv else ["--threads", "1"])],
             stdin=subprocess.PIPE, stdout=words, stderr=subprocess.STDOUT, start_new_session=True,
@@ -119,7 +126,7 @@ def _start(run: Run) -> subprocess.Popen[bytes]:
 
 
 @contextlib.contextmanager
-def _ended(running: dict[subprocess.Popen[bytes], Run]) -> Iterator[None]:
+def _ended(running: dict[subprocess.Popen[bytes], Run], folder: Path) -> Iterator[None]:
     """No process outlives the block: Ctrl-C and an error end them here, and they go on from their checkpoints."""
     try:
         yield
@@ -127,19 +134,21 @@ def _ended(running: dict[subprocess.Popen[bytes], Run]) -> Iterator[None]:
         for process in running:
             process.terminate()
         limit = time.monotonic() + _PATIENCE
-        for process in running:
+        for process, run in running.items():
             try:
                 process.wait(max(0.0, limit - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-            _close(process)
+            _close(process, run, folder)
 
 
-def _close(process: subprocess.Popen[bytes]) -> None:
+def _close(process: subprocess.Popen[bytes], run: Run, folder: Path) -> None:
     """Let go of a process that has ended."""
     if process.stdin:
         process.stdin.close()
+    if not run.where.is_local:
+        _log(run).write_bytes(_words(run, folder).read_bytes())
 
 
 def _error(run: Run, status: int) -> UserError | RunError:

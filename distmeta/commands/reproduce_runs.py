@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from distmeta import config as config_module
+from distmeta import remote
 from distmeta.commands import train
 from distmeta.commands.evaluate import MEASURED
 from distmeta.commands.settings import Setting
@@ -171,6 +172,7 @@ def read_measured(file: Location, mend: str) -> "Measured":
     try:
         return Measured.from_ipc(file.read_bytes())
     except (OSError, KeyError, pa.ArrowException) as e:
+        remote.let_pass(e)
         what = "is missing" if isinstance(e, FileNotFoundError) else "is damaged"
         raise UserError(f"{file}: {what}; {mend}") from None
 

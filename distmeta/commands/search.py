@@ -9,6 +9,7 @@ from distmeta.cli import Parser
 from distmeta.commands import search_plan, train
 from distmeta.commands.search_plan import DEFAULTS, Tuned
 from distmeta.errors import UserError
+from distmeta.fields import add_share
 from distmeta.methods import entry
 from distmeta.parallel import rundir, submitted
 from distmeta.storage import Location
@@ -29,7 +30,7 @@ examples:
 What trials are stopped by is epochs. With --set epoch-tasks=N an epoch is N tasks: trials are judged by tasks seen,
 then by epochs.
 
-OUT/journal.log is an Optuna journal with a study for each method.
+OUT/journal.log (of a URI: the parts in OUT/journal) is an Optuna journal with a study for each method.
 """
 _NUMBERS = (
     ("trials", int, "trials of each method, failed ones among them"),
@@ -53,19 +54,17 @@ def main(argv: Sequence[str]) -> int:
     given = _parser().parse(argv)
     submitted.check("--out", given.out)
     out = Location.of(given.out)
-    if not out.is_local:
-        raise UserError(
-            f"--out {out}: must be a folder of this machine or on a shared disk: the journal is appended to"
-        )
-    if "data" in given or not given.resume:
-        submitted.check("--data", getattr(given, "data", ""))
+    if "data" in given:
+        submitted.check("--data", given.data)
     asked = search_plan.settle(vars(given), out)
+    if not asked.data:
+        submitted.check("--data", "")
     plans = [Tuned.of(method, asked) for method in asked.methods]
     if not asked.resume:
         _check_new(out)
     from distmeta.parallel import hosting
 
-    hosting.check_room(asked.workers_per_trial, asked.threads)
+    hosting.check_room(asked.workers_per_trial, asked.threads, asked.gpu)
     place = Location.of(asked.data) if asked.data else train.small()
     searches = [_Search.of(plan, place, asked) for plan in plans]
     out.make_dir()
@@ -99,10 +98,12 @@ def _parser() -> Parser:
     flag = argparse.BooleanOptionalAction
     add("--pruning", action=flag, help="stop trials that fall behind, by ASHA [all but --pareto]")
     add("--pareto", action=flag, help="two objectives: validation error, and seconds of training [False]")
-    add("--gpu", action=flag, help="a GPU for each trial [False]")
+    add_share(parser, "gpu", 1.0, "of a GPU for each trial (or worker of it): 0.25: four trials share one [0]")
     add("--set", action="append", metavar="[METHOD:]FLAG=VALUE",
         help="a flag of train for every trial; what it sets is not tuned")  # fmt: skip
     add("--resume", action="store_true", default=False, help="go on with the search in OUT; --trials may be more")
+    add("--retried", action="store_true", help="for a job that may be started again: go on with the search in OUT where"
+        " there is one (as --resume does), else begin it")  # fmt: skip
     return parser
 
 
@@ -111,7 +112,8 @@ def _check_new(out: Location) -> None:
         raise UserError(f"{out}: is a file, not a folder; choose another --out")
     if (out / "search.json").exists():
         raise UserError(f"{out}: a search exists here; add --resume to go on with it, or choose another --out")
-    others = [c.name for c in out.children() if c.name != ".lock"] if out.exists() else []
+    others = [c.name for c in out.children()] if out.exists() else []
+    others = [n for n in others if n != ".lock" and not n.startswith("search.json.tmp-")]  # of one killed at its start
     if others:
         raise UserError(f"{out}: holds other things ({others[0]}); choose an --out that is empty or does not exist")
 
@@ -143,7 +145,10 @@ def _search(asked: argparse.Namespace, out: Location, searches: Sequence[_Search
             winners.append(_tune(asked, out, search))
     (out / ".ray").remove()
     for run in winners:  # trained to its end: what is left of it is the test, which no other trial sees
-        train.main(["--run", str(run), "--resume"])
+        words = ["--run", str(run), "--resume"]
+        if asked.gpu and not asked.workers_per_trial:
+            words.append("--no-gpu")  # it is measured in this process, which has none of its own
+        train.main(words)
     return 0
 
 

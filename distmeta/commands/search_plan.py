@@ -22,11 +22,11 @@ METRICS = {False: ("mae", "mse"), True: ("recall@10", "recall@50")}
 """Whether tasks are scenarios -> what validation measures of them; the first is what training keeps checkpoints by."""
 DEFAULTS = {
     "data": "", "protocol": "", "trials": 40, "epochs": 30, "grace": 3, "threads": 1, "seed": 0, "seeds": 1,
-    "metric": "", "sampler": "tpe", "pruning": None, "pareto": False, "gpu": False, "set": [], "failures": 0.5,
+    "metric": "", "sampler": "tpe", "pruning": None, "pareto": False, "gpu": 0.0, "set": [], "failures": 0.5,
     "wait": 180, "workers_per_trial": 0,
 }  # fmt: skip
 
-_TAKEN = ("data", "protocol", "run", "resume", "workers", "epochs", "threads", "seed", "config", "gpu")
+_TAKEN = ("data", "protocol", "run", "resume", "retried", "workers", "epochs", "threads", "seed", "config", "gpu")
 """Flags of `train` that the search sets itself."""
 _MAY_DIFFER = ("resume", "out", "trials", "failures", "wait")
 """What --resume may say differently."""
@@ -40,11 +40,13 @@ def settle(said: dict[str, Any], out: Location) -> argparse.Namespace:
     Raises:
         UserError: there is no such search, it was started otherwise, or a value makes no sense.
     """
-    asked: dict[str, Any] = dict(DEFAULTS)
+    asked, said = dict[str, Any](DEFAULTS), dict(said)
     if not said["methods"]:
         said = {k: v for k, v in said.items() if k != "methods"}
     if said.get("data"):
         said = {**said, "data": str(Location.of(said["data"]))}
+    if said.pop("retried", False):
+        said["resume"] = said["resume"] or (out / "search.json").exists()
     if said["resume"]:
         before = _before(out)
         for key, value in said.items():
@@ -74,6 +76,8 @@ def _check(asked: argparse.Namespace) -> None:
     for name, least in _LEAST.items():
         if getattr(asked, name) < least:
             raise UserError(f"search: --{name.replace('_', '-')} must be at least {least}, not {getattr(asked, name)}")
+    if not 0 <= asked.gpu <= 1:
+        raise UserError(f"search: --gpu must be from 0 to 1, the share of a GPU that a worker has, not {asked.gpu:g}")
     if not 0 <= asked.failures <= 1:
         raise UserError(f"search: --failures must be from 0 to 1, not {asked.failures:g}")
     if asked.sampler not in SAMPLERS:
@@ -121,7 +125,7 @@ class Tuned:
         common = [method, "--epochs", str(asked.epochs), "--threads", str(asked.threads), "--seed", str(asked.seed)]
         common += ["--data", asked.data] if asked.data else []
         common += ["--protocol", asked.protocol] if asked.protocol else []
-        common += ["--gpu"] if asked.gpu else []
+        common += ["--gpu", str(asked.gpu)] if asked.gpu else []
         common += ["--workers", str(asked.workers_per_trial)] if asked.workers_per_trial else []
         common += [word for s in mine for word in s.argv()]
         train.parse(common)

@@ -10,11 +10,12 @@ import optuna
 import polars as pl
 import yaml
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
 from distmeta import config as config_module
+from distmeta.commands.search_journal import PartsJournal
 from distmeta.commands.search_samplers import sampler
 from distmeta.errors import RunError, UserError
 from distmeta.parallel import rundir
@@ -48,15 +49,13 @@ def opened(
         UserError: the journal is damaged, or of other tasks.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    path = (out / "journal.log").path
-    _mend(path)
     directions = [StudyDirection.MINIMIZE] * (1 + pareto)
     try:
-        storage = JournalStorage(JournalFileBackend(path))
+        storage = JournalStorage(journal(out))
         study = optuna.create_study(storage=storage, study_name=method, directions=directions, load_if_exists=True)
         trials = study.trials
     except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path}: is damaged ({e or type(e).__name__}); start a new search") from e
+        raise UserError(f"{_place(out)}: is damaged ({e or type(e).__name__}); start a new search") from e
     if study.user_attrs.get("tasks", tasks) != tasks:
         raise UserError(f"{out}: was started with other tasks: the dataset has changed since; start a new search")
     study.set_user_attr("tasks", tasks)
@@ -64,6 +63,22 @@ def opened(
     for source, values in first:
         study.enqueue_trial(values, user_attrs={"source": source}, skip_if_exists=True)
     return study
+
+
+def journal(out: Location) -> BaseJournalBackend:
+    """The journal of the search in OUT, in one file where files can be appended to; made where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if not out.is_local:
+        return PartsJournal(_place(out))
+    _mend(_place(out).path)
+    return JournalFileBackend(_place(out).path)
+
+
+def _place(out: Location) -> Location:
+    return out / ("journal.log" if out.is_local else "journal")
 
 
 def _mend(path: str) -> None:

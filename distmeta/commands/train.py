@@ -3,14 +3,14 @@
 import argparse
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distmeta import config as config_module
 from distmeta.cli import Parser
 from distmeta.config import Config, DataOptions, TrainOptions
 from distmeta.errors import UserError
-from distmeta.fields import add_flags
+from distmeta.fields import add_flags, build
 from distmeta.methods import FLOORS, METHODS, entry
 from distmeta.parallel import rundir, submitted
 from distmeta.storage import Location
@@ -33,6 +33,7 @@ examples:
   python -m jobs.train melu --data data/ml-1m --protocol melu --run runs/first --epochs 20
   python -m jobs.train --config runs/first/config.yaml --seed 1 --run runs/second
   python -m jobs.train --run runs/first --resume
+  python -m jobs.train melu --data /mnt/store/ml-1m --run /mnt/store/runs/first --retried
 """
 
 
@@ -56,10 +57,10 @@ def main(argv: Sequence[str]) -> int:
     config = _settled(config, run, place)
     process.prepare(config.train.threads)
     run.make_dir()
-    with rundir.lock(run):
+    with rundir.lock(run) as fence:
         if not config.train.resume:
             rundir.check_new(run)
-        return _drive(config, run, place, dataset, table)
+        return _drive(config, run, place, dataset, table, fence)
 
 
 def opened(config: Config, place: Location) -> tuple["Dataset", "TaskTable"]:
@@ -91,6 +92,8 @@ def opened(config: Config, place: Location) -> tuple["Dataset", "TaskTable"]:
 def parse(argv: Sequence[str]) -> Config:
     """The config that `train`'s arguments ask for; a resumed run's own config stands in for the defaults.
 
+    With --retried, `train.resume` of the result says whether there is a run to go on with.
+
     Raises:
         UserError: usage; or --resume and no run there, or one started with other settings.
     """
@@ -98,14 +101,8 @@ def parse(argv: Sequence[str]) -> Config:
     method = argv.pop(0) if argv and not argv[0].startswith("-") else None
     if method:
         entry(method)
-    early = _early(argv)
-    file = Location.of(early["config"]) if early.get("config") else None
-    base = None
-    if early.get("resume"):
-        if not early.get("run"):
-            raise UserError("train: --resume needs --run RUN, the directory of the run to go on with")
-        submitted.check("--run", early["run"])
-        base = rundir.stored(Location.of(early["run"]))
+    early, file = _early(argv)
+    base = _base(early)
     name = method or (config_module.read_yaml(file).get("method") if file else None)
     name = str(name or (base.method if base else "melu"))
     bare = not (method or file or base)
@@ -119,16 +116,33 @@ def parse(argv: Sequence[str]) -> Config:
         config = config_module.load(None, method, {**small, **flags}, base)
     if base:
         rundir.check_same(Location.of(early["run"]), config)
-    return config
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, resume=base is not None, retried=False))
 
 
-def _early(argv: Sequence[str]) -> dict[str, Any]:
-    """--config, --run and --resume: they say which method's flags the rest may be."""
+def _early(argv: Sequence[str]) -> tuple[dict[str, Any], Location | None]:
+    """--run, --resume and --retried, as flags or in the file of --config, and that file: they say which method's flags
+    the rest may be."""
     parser = Parser(prog="train", add_help=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--config")
     parser.add_argument("--run")
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction)
-    return vars(parser.parse_known_args(argv)[0])
+    parser.add_argument("--retried", action=argparse.BooleanOptionalAction)
+    flags = vars(parser.parse_known_args(argv)[0])
+    file = Location.of(flags["config"]) if flags.get("config") else None
+    kept = config_module.read_yaml(file).get("train", {}) if file else {}
+    return {**vars(build(TrainOptions, kept, f"{file}, section train")), **flags}, file
+
+
+def _base(early: dict[str, Any]) -> Config | None:
+    """The config of the run to go on with, where that is asked for and, with --retried, there is one."""
+    asked = next((name for name in ("resume", "retried") if early.get(name)), None)
+    if not asked:
+        return None
+    if not early.get("run"):
+        raise UserError(f"train: --{asked} needs --run RUN, the directory of the run to go on with")
+    submitted.check("--run", early["run"])
+    run = Location.of(early["run"])
+    return rundir.stored(run) if asked == "resume" or rundir.begun(run) else None
 
 
 def _parser(method: str, shown: bool) -> Parser:
@@ -194,8 +208,14 @@ def small() -> Location:
     return where
 
 
-def _drive(config: Config, run: Location, place: Location, dataset: "Dataset", table: Any) -> int:
-    """Train, evaluate and finish the run that this process holds."""
+def _drive(
+    config: Config, run: Location, place: Location, dataset: "Dataset", table: Any, fence: Callable[[], None]
+) -> int:
+    """Train, evaluate and finish the run that this process holds.
+
+    Args:
+        fence: raises where it does so no longer.
+    """
     from distmeta.commands import evaluate
     from distmeta.parallel import assessment, checkpoint, launch, trainer
 
@@ -215,10 +235,11 @@ def _drive(config: Config, run: Location, place: Location, dataset: "Dataset", t
     print(f"{config.method} on {dataset.name}, {table.protocol}, split {table.split_hash[:12]} -> {run}")
     found = None
     if config.train.workers == "0":
-        outcome = trainer.train(config, run, dataset, place, table)
+        outcome = trainer.train(config, run, dataset, place, table, fence=fence)
     else:
         outcome, found = launch.run_workers(config, run, table)
         assert outcome
+        fence()
     if summary and before and before.step == outcome.steps:
         finish.write_json(summary)
         print(f"{run}: was finished already (best step {outcome.best_step}); report: {run / 'report.html'}")

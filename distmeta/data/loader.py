@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import torch
 
 from distmeta import draws
 from distmeta.data import pools
@@ -22,7 +23,7 @@ from distmeta.data.schema import Dataset
 from distmeta.data.tables import to_polars
 from distmeta.data.taskmaker import task_schema
 from distmeta.errors import UserError
-from distmeta.tasks import TaskBatch
+from distmeta.tasks import Packed, TaskBatch
 
 __all__ = ["Loader", "TaskSource", "read_items"]
 
@@ -108,6 +109,7 @@ class Loader:
         epoch_tasks: tasks that a training epoch has at most (data/epochs.py); 0: all.
         most: take only so many of the split's tasks, the same ones for every seed and number of workers, and keep
             them in memory; 0: all.
+        device: where the batches are wanted; made ready for a GPU's copy where they are collated ahead.
 
     Raises:
         UserError: a part is missing or damaged, there are more workers than shards, or `memory` is too small.
@@ -130,11 +132,13 @@ class Loader:
         episodes: int = 0,
         epoch_tasks: int = 0,
         most: int = 0,
+        device: torch.device | None = None,
     ) -> None:
         if world > table.shards:
             raise UserError(f"{table.location}: {world} workers for {table.shards} shards; use fewer workers")
         self.table, self.dataset, self.split = table, dataset, split
         self.batch_size, self.seed, self.redraw, self.prefetch = batch_size, seed, redraw, prefetch
+        self._gpu = device if device is not None and device.type == "cuda" else None
         self.wait_seconds = 0.0
         """Time that the consumer has waited for batches, over all iterators."""
         full = table.sizes(split)
@@ -188,15 +192,24 @@ class Loader:
 
     def _waited(self, batches: Generator[TaskBatch]) -> Iterator[TaskBatch]:
         """The batches, `prefetch` of them made ahead, with the time that is waited for them counted."""
+        made = self._packed(batches) if self._gpu else batches
         # one that is ready waits for room beside the others
-        with contextlib.closing(ahead(batches, self.prefetch + 1) if self.prefetch else batches) as ready:
+        with contextlib.closing(ahead(made, self.prefetch + 1) if self.prefetch else made) as ready:
             while True:
                 began = time.perf_counter()
                 batch = next(ready, None)
                 self.wait_seconds += time.perf_counter() - began
                 if batch is None:
                     return
+                if isinstance(batch, Packed):
+                    assert self._gpu
+                    batch = batch.to(self._gpu)
                 yield batch
+
+    def _packed(self, batches: Generator[TaskBatch]) -> Generator[Packed]:
+        with contextlib.closing(batches):
+            for batch in batches:
+                yield Packed(batch)
 
     def _passes(self, number: int, start: int, end: int) -> Generator[TaskBatch]:
         """The batches from `start` to `end` of a pass, which is `draws` passes over the split."""

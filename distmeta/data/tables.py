@@ -9,6 +9,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from distmeta import remote
 from distmeta.data.schema import Dataset
 from distmeta.errors import UserError
 from distmeta.storage import Location
@@ -57,7 +58,8 @@ def read_groups(file: Location, column: str, rows: int, mend: str) -> list[tuple
 def _opened(file: Location, columns: Sequence[str], rows: int, mend: str) -> Iterator[pq.ParquetFile]:
     """A part whose footer has the columns and the rows; what is wrong with it while it is read is a sentence too."""
     try:
-        with pq.ParquetFile(file.path, filesystem=file.fs, page_checksum_verification=True) as part:
+        far = not file.is_local  # columns beside each other come in one request
+        with pq.ParquetFile(file.path, filesystem=file.fs, page_checksum_verification=True, pre_buffer=far) as part:
             missing = [c for c in columns if c not in part.schema_arrow.names]
             if missing:
                 raise UserError(f"{file}: column {missing[0]} is missing; {mend}")
@@ -66,6 +68,7 @@ def _opened(file: Location, columns: Sequence[str], rows: int, mend: str) -> Ite
     except FileNotFoundError:
         raise UserError(f"{file}: this part is missing; {mend}") from None
     except (pa.ArrowException, OSError) as e:
+        remote.let_pass(e)
         raise UserError(f"{file}: not readable as Parquet ({str(e).splitlines()[0]}); {mend}") from None
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from distmeta.data.schema import SCENARIOS, TASK_COLUMNS, Dataset, Field, FieldType, Label
@@ -148,10 +147,7 @@ def clear_place(where: Location) -> None:
         raise UserError(f"{where}: a dataset is already here; choose another --out or delete it first")
     if not where.is_dir():
         return
-    selector = pafs.FileSelector(where.path, recursive=True)
-    inside = [info.path[len(where.path.rstrip("/")) + 1 :] for info in where.fs.get_file_info(selector)]
-    foreign = sorted(path for path in inside if not _OURS.fullmatch(path))
-    if foreign:
+    if foreign := [path for path in where.below() if not _OURS.fullmatch(path)]:
         raise UserError(f"{where}: holds other files ({foreign[0]}); choose an empty or new folder for --out")
     with writing(where):
         for child in where.children():
@@ -250,7 +246,7 @@ def _dense(interactions: pl.DataFrame, user_ids: pl.Series, item_ids: pl.Series)
 
 def _write(where: Location, path: str, table: pa.Table, files: list[dict[str, Any]]) -> None:
     target = where / path
-    Location(target.fs, target.path.rsplit("/", 1)[0]).make_dir()
+    target.parent.make_dir()
     with writing(target):
         pq.write_table(table, target.path, filesystem=target.fs, row_group_size=1 << 20, **PARQUET)
         size = target.fs.get_file_info(target.path).size

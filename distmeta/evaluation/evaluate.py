@@ -11,6 +11,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from distmeta import remote
 from distmeta.data.loader import Loader, read_items
 from distmeta.data.protocols import QUERY
 from distmeta.data.schema import Dataset, Label
@@ -179,8 +180,9 @@ def evaluate(
     e = exchange or Exchange()
     mine = [v for v in range(table.shards) if v % e.world == e.rank]
     parts, size = [], at_once(table)
+    device = next(iter([*method.parameters(), *method.buffers()])).device
     for split in SPLITS:
-        loader = Loader(table, dataset, split, size, rank=e.rank, world=e.world, memory=memory)
+        loader = Loader(table, dataset, split, size, rank=e.rank, world=e.world, memory=memory, device=device)
         if loader.n_tasks or split == "test":
             parts.append(measure(method, loader, dataset.label, split, _row_cohorts(table, split, mine)))
     if table.scenarios:
@@ -245,7 +247,8 @@ def _cached(table: TaskTable, name: str) -> Measured | None:
         return None
     try:
         kept, data = manifest.read_json(), file.read_bytes()
-    except (UserError, OSError):
+    except (UserError, OSError) as e:
+        remote.let_pass(e)
         return None
     if kept != {**_identity(table, name), "sha256": hashlib.sha256(data).hexdigest()}:
         return None

@@ -78,7 +78,7 @@ def measure(score: Score, loader: Loader, dataset: Dataset, split: str, device: 
     """Rank every list of the loader's scenarios; `Measured.tasks` has a row a list."""
 
     def moved(batch: TaskBatch) -> Sequence[Tensor]:
-        return [s.cpu() for s in score(batch.to(device))]
+        return [s.to(batch.items.device) for s in score(batch.to(device))]
 
     with torch.no_grad():
         lists = frame(moved, loader)

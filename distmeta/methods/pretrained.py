@@ -150,7 +150,7 @@ def learn(kind: str, user: Ints, item: Ints, into: tuple[Tensor, Tensor]) -> Ite
         scaled = vectors / vectors.square().mean().sqrt().clamp(min=1e-12)
         table.zero_()
         if table is into[0]:
-            table += scaled.mean(0)
+            table += scaled.mean(0).to(table)
         table[torch.from_numpy(rows)] = scaled.to(table)
 
 

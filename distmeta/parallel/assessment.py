@@ -49,7 +49,7 @@ def assess(
     best = checkpoint.read(run, step)
     checkpoint.check_origin(run, best, config, table.split_hash)
     memory = config.train.memory_mb << 20
-    with numerics(config.train.threads, device_of(config.train)):
+    with numerics(config.train, device_of(config.train)):
         method = _restored(config, run, best, dataset, dataset_location)
         measured = evaluation.evaluate(method, table, dataset, e, memory)
         floors: dict[str, Measured] = {}
@@ -68,7 +68,7 @@ def assess_split(
     """
     kept = checkpoint.read(run, step)
     checkpoint.check_origin(run, kept, config, table.split_hash)
-    with numerics(config.train.threads, device_of(config.train)):
+    with numerics(config.train, device_of(config.train)):
         method = _restored(config, run, kept, dataset, dataset_location)
         loader = Loader(table, dataset, split, evaluation.at_once(table), memory=config.train.memory_mb << 20)
         return evaluation.measure(method, loader, dataset.label, split)

@@ -26,6 +26,8 @@ _LAST = 5.0
 """Seconds to wait for the last of them to arrive."""
 _LOOK = 0.5
 """Seconds between the driver's looks at the board."""
+_TELL = 20.0
+"""Seconds between two lines about workers that are still to start; on a machine at rest they take half of it."""
 
 
 class Board:
@@ -92,13 +94,13 @@ class Board:
             self.say(f"{places.get(rank, f'worker {rank}')} {'died' if dead else 'lost the others'}")
         self.workers = {}
 
-    def take(self, since: int) -> tuple[int, list[str], tuple[str, str] | None]:
-        """How many lines there are, those from number `since` on, and the failure.
+    def take(self, since: int) -> tuple[int, list[str], tuple[str, str] | None, int]:
+        """How many lines there are, those from number `since` on, the failure, and how many workers are at work.
 
         A board that was restarted has forgotten the older lines and counts from 0 again.
         """
         n = len(self.lines)
-        return n, self.lines[since if since <= n else 0 :], self.failure
+        return n, self.lines[since if since <= n else 0 :], self.failure, len(self.workers)
 
 
 def create(patience: float) -> Any:
@@ -150,14 +152,14 @@ class Deaths(UserCallback):
 
 
 class Watch:
-    """The driver's side: a thread that shows the board's lines.
+    """The driver's side: a thread that shows the board's lines, and says why there are none while workers start.
 
     Args:
-        log: takes one line.
+        log: takes one line. standing: says how far the start of workers has come.
     """
 
-    def __init__(self, board: Any, log: Callable[[str], None]) -> None:
-        self.board, self.log = board, log
+    def __init__(self, board: Any, log: Callable[[str], None], standing: Callable[[], str]) -> None:
+        self.board, self.log, self.standing = board, log, standing
         self.failure: tuple[str, str] | None = None
         self._shown = 0
         self._broken: OSError | None = None
@@ -166,19 +168,27 @@ class Watch:
         self._thread.start()
 
     def _run(self) -> None:
+        since = told = time.monotonic()
         while not self._over.wait(_LOOK):
             try:
-                self._look()
+                workers, now = self._look(), time.monotonic()
+                if workers or self.failure:
+                    since = told = now
+                elif now - told > _TELL:
+                    told = now
+                    self.log(f"waiting for workers ({now - since:.0f} s): {self.standing()}")
             except RayError:  # the board is being started again
                 continue
             except OSError as e:  # whoever read the lines has left: told by close, as print tells it elsewhere
                 self._broken = e
                 return
 
-    def _look(self) -> None:
-        self._shown, lines, self.failure = ray.get(self.board.take.remote(self._shown))
+    def _look(self) -> int:
+        """Show the lines that are new; how many workers are at work."""
+        self._shown, lines, self.failure, workers = ray.get(self.board.take.remote(self._shown))
         for line in lines:
             self.log(line)
+        return workers
 
     def close(self) -> tuple[str, str] | None:
         """Show what is left, end the thread, and give the failure that a worker posted.

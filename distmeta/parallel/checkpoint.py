@@ -26,6 +26,7 @@ from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from distmeta import remote
 from distmeta.config import Config, fixed
 from distmeta.errors import UserError
 from distmeta.memory.base import Arrays
@@ -203,6 +204,7 @@ def load(run: Location, checkpoint: Checkpoint, part: str) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"{file}: missing; {mend}") from None
     except (UserError, OSError) as e:
+        remote.let_pass(e)
         raise UserError(f"{e}; {mend}" if isinstance(e, OSError) else f"{file}: not a readable file; {mend}") from None
     if hashlib.sha256(data).hexdigest() != checkpoint.files[name].get("sha256"):
         raise UserError(f"{file}: damaged (its sha256 is not the manifest's); {mend}")

@@ -1,4 +1,4 @@
-"""Ray as this program starts it, or finds it: settings, address, authentication, and resources to wait for."""
+"""Ray as this program starts it, or finds it: settings, address and authentication."""
 
 import contextlib
 import logging
@@ -9,13 +9,13 @@ import secrets
 import signal
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import TypeVar
 
 from distmeta.errors import RunError, UserError
+from distmeta.parallel import room
 from distmeta.parallel.update import cores
 
 T = TypeVar("T")
@@ -27,6 +27,9 @@ START_S = 30
 _ANSWER_S = 5
 """Seconds to wait for a cluster's answer."""
 _TOKENS = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
+
+_MISMATCH = re.compile(r"^Version mismatch: .*Ray: (\S+) Python: (\S+) .* Ray: (\S+) Python: (\S+)")
+"""What ray.init says where the cluster's versions are others, its lines joined."""
 
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -41,24 +44,23 @@ _SETTINGS = {
 
 
 @contextlib.contextmanager
-def connected(needed: int, threads: int, gpu: bool, wait: int, log: Callable[[str], None] = print) -> Iterator[bool]:
+def connected(needed: int, threads: int, gpu: float, wait: int, log: Callable[[str], None] = print) -> Iterator[bool]:
     """Be connected to the cluster at RAY_ADDRESS, or to one of its own on this machine, which ends with this block.
 
     Gives whether the connection is this block's own, so that its end ends all that was started.
 
     Args:
-        needed: workers that must fit. threads: CPUs of each. wait: seconds to wait for nodes.
+        needed: workers that must fit. threads: CPUs of each. gpu: GPUs of each. wait: seconds to wait for nodes.
 
     Raises:
         UserError: no cluster answers at the address, it refuses the token, or it is too small.
         KeyboardInterrupt, SystemExit: the process was told to end, and is disconnected.
     """
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
     already = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     if already:  # the connection of a program that calls us, which is not ours to end
-        _await(needed, threads, gpu, wait, log)
-        yield False
+        _set(_SETTINGS)
+        with room.wanted(needed, threads, gpu, wait, log):
+            yield False
         return
     address = _address()
     if not address and needed * threads > cores():
@@ -66,19 +68,35 @@ def connected(needed: int, threads: int, gpu: bool, wait: int, log: Callable[[st
             f"--workers {needed}: {needed} workers of {threads} CPU{'s' * (threads > 1)} each need {needed * threads},"
             f" this machine has {cores()}; use fewer --workers or --threads, or a cluster (set RAY_ADDRESS)"
         )
-    _authentication(address)
-    if not address:  # inherited by all its processes
-        os.environ.setdefault("MALLOC_ARENA_MAX", "1")
+    settle(address)
     import ray
 
     with _signals():
         try:
             _connect(address)
             _on_sigterm()
-            _await(needed, threads, gpu, wait, log)
-            yield True
+            with room.wanted(needed, threads, gpu, wait, log):
+                yield True
         finally:
             ray.shutdown()
+
+
+def settle(address: str) -> None:
+    """Ray's settings, where the user has others in the environment they stay; all its processes inherit them.
+
+    Args:
+        address: of the cluster to connect to; empty for one of our own, which is still to start.
+
+    Raises:
+        UserError: RAY_AUTH_MODE is no word of Ray's.
+    """
+    _set(_SETTINGS if address else {**_SETTINGS, "MALLOC_ARENA_MAX": "1"})
+    _authentication(address)
+
+
+def _set(settings: Mapping[str, str]) -> None:
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
 
 
 def starts(wait: int) -> int:
@@ -226,35 +244,13 @@ def _refused(address: str, e: Exception) -> UserError | RunError:
     if type(e).__name__ == "AuthenticationError":  # there is no token, or its file cannot be read
         why = text.partition(". ")[0]
         return UserError(f"RAY_AUTH_MODE=token: {why}; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file with it")
+    if address and (found := _MISMATCH.search(text)):
+        ray, python, our_ray, our_python = found.groups()
+        return UserError(
+            f"RAY_ADDRESS={address}: the cluster has Ray {ray} and Python {python}, this process Ray {our_ray} and"
+            f" Python {our_python}, which must be the same; use an environment like the cluster's, or have the command"
+            " run there: `ray job submit`"
+        )
     if address:
         return UserError(f"RAY_ADDRESS={address}: cannot be connected to ({text}); correct the address, or the token")
     return RunError(f"Ray does not start on this machine: {text}")
-
-
-def _await(needed: int, threads: int, gpu: bool, wait: int, log: Callable[[str], None]) -> None:
-    """Wait until the cluster has what the workers need, and ask its autoscaler for it.
-
-    Raises:
-        UserError: it has not after `wait` seconds.
-    """
-    import ray
-    from ray.autoscaler.sdk import request_resources
-
-    want = {"CPU": float(needed * threads), **({"GPU": float(needed)} if gpu else {})}
-    began, told = time.monotonic(), 0.0
-    bundle = {name: int(amount // needed) for name, amount in want.items()}
-    while True:
-        have = ray.cluster_resources()
-        short = [name for name, amount in want.items() if have.get(name, 0) < amount]
-        waited = time.monotonic() - began
-        if not short:
-            return
-        name = short[0]
-        text = f"{needed} workers need {want[name]:.0f} {name}s, the cluster has {have.get(name, 0):.0f}"
-        if waited > wait:
-            raise UserError(f"{text} after {wait} s; use fewer --workers, or add nodes, or --wait longer")
-        if waited >= told:
-            request_resources(bundles=[bundle] * needed)
-            log(f"{text}; waiting ({waited:.0f} of {wait} s)")
-            told = waited + 10
-        time.sleep(0.5)

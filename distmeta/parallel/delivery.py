@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 import ray.data
 import ray.train
 from ray.data import DataContext, Dataset, Datasource, ReadTask
@@ -60,9 +61,19 @@ class TaskParts(Datasource):
 
 
 def _reader(table: TaskTable, part: Part, columns: Sequence[str]) -> Callable[[], Iterable[pa.Table]]:
-    if part.groups is None:
-        return lambda: table.read(part.split, [part.shard], columns)
-    return lambda: table.stream(part.split, [(part.shard, part.groups or ())], columns)
+    def parts() -> Iterator[pa.Table]:
+        if not (table.location / "tasks.json").exists():
+            node = ray.util.get_node_ip_address()
+            raise UserError(
+                f"{table.location}: node {node} does not see this task table; put the dataset on storage that all nodes"
+                " share"
+            )
+        if part.groups is None:
+            yield from table.read(part.split, [part.shard], columns)
+        else:
+            yield from table.stream(part.split, [(part.shard, part.groups)], columns)
+
+    return parts
 
 
 def _columns(table: TaskTable) -> list[str]:

@@ -30,7 +30,7 @@ def of_users(
         UserError: there is no checkpoint, or it is damaged.
     """
     device = device_of(config.train)
-    with numerics(config.train.threads, device):
+    with numerics(config.train, device):
         method = build_method(config, dataset, read_items(place, dataset), device)
         embedding = getattr(method, "embedding", None)
         if not isinstance(embedding, Embedding) or not embedding.user_width:

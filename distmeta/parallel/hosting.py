@@ -11,8 +11,9 @@ from distmeta.data.schema import Dataset
 from distmeta.data.tasktable import TaskTable
 from distmeta.errors import UserError
 from distmeta.parallel import cluster
+from distmeta.parallel.room import bundle, places
 from distmeta.parallel.stored import SPLITS, ForWorkers, Stored
-from distmeta.parallel.update import cores
+from distmeta.parallel.update import check_shares, cores
 from distmeta.storage import Location
 
 _SETTINGS = {
@@ -43,15 +44,17 @@ class Shared:
             self.leash.free.remote(run)
 
 
-def check_room(workers: int, threads: int) -> None:
-    """UserError where trials are to run on this machine, and it is too small for one; the arguments as of `at_once`."""
+def check_room(workers: int, threads: int, gpu: float) -> None:
+    """UserError where trials are to run on this machine, and it is too small for one, or where the workers of a trial
+    would share a GPU; the arguments as of `at_once`."""
+    check_shares(gpu, workers, "--workers-per-trial")
     if os.environ.get("RAY_ADDRESS", "") in ("", "local") and max(1, workers) * threads > cores():
         flags = f"--workers-per-trial {workers} --threads {threads}" if workers else f"--threads {threads}"
         raise UserError(f"search: {flags}: this machine has {cores()} CPUs; use fewer, or set RAY_ADDRESS")
 
 
 @contextlib.contextmanager
-def connected(threads: int, gpu: bool, wait: int, workers: int = 0) -> Iterator[None]:
+def connected(threads: int, gpu: float, wait: int, workers: int = 0) -> Iterator[None]:
     """Be connected to a cluster that has room for a trial.
 
     Raises:
@@ -65,7 +68,7 @@ def connected(threads: int, gpu: bool, wait: int, workers: int = 0) -> Iterator[
         except UserError as e:
             raise UserError(str(e).replace("--workers", "--workers-per-trial")) from None
         if not at_once(_nodes(), workers, threads, gpu):
-            each = f"{threads} CPU{'s' * (threads > 1)}{' and a GPU' * gpu}"
+            each = f"{threads} CPU{'s' * (threads > 1)}{f' and {gpu:g} GPU' * (gpu > 0)}"
             raise UserError(
                 f"the cluster's nodes have no room for a trial: {max(1, workers)} x {each}, each on one node; use fewer"
                 " --threads or --workers-per-trial, or larger nodes"
@@ -99,7 +102,7 @@ def share(table: TaskTable, dataset: Dataset, config: Config, log: Callable[[str
     return Shared(ray.put(stored), held)
 
 
-def resources(workers: int, threads: int, gpu: bool) -> Any:
+def resources(workers: int, threads: int, gpu: float) -> Any:
     """What Ray Tune reserves for a trial; the arguments as of `at_once`.
 
     The process of a trial with workers waits for them and takes no CPU: of those that it reserved, its own workers
@@ -109,10 +112,10 @@ def resources(workers: int, threads: int, gpu: bool) -> Any:
 
     if workers:
         return tune.PlacementGroupFactory([{"memory": _DRIVER_BYTES}])
-    return {"CPU": float(threads), **({"GPU": 1.0} if gpu else {})}
+    return bundle(threads, gpu)
 
 
-def room(workers: int, threads: int, gpu: bool) -> int:
+def room(workers: int, threads: int, gpu: float) -> int:
     """Trials that the cluster has room for now, at least one; the arguments as of `at_once`."""
     return max(1, at_once(_nodes(), workers, threads, gpu))
 
@@ -125,7 +128,7 @@ def _nodes() -> list[Mapping[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def at_once(nodes: Sequence[Mapping[str, float]], workers: int, threads: int, gpu: bool) -> int:
+def at_once(nodes: Sequence[Mapping[str, float]], workers: int, threads: int, gpu: float) -> int:
     """Trials that fit into a cluster side by side, so that none waits for what another one's workers hold.
 
     A worker is on one node, a trial's workers may be on several: what fits is a question of places for workers.
@@ -134,8 +137,6 @@ def at_once(nodes: Sequence[Mapping[str, float]], workers: int, threads: int, gp
         nodes: the resources of each.
         workers: of a trial; 0: it is one itself.
         threads: CPUs of each worker.
-        gpu: whether each worker has a GPU.
+        gpu: share of one that each worker has; a share is never of two.
     """
-    wanted = {"CPU": threads, **({"GPU": 1} if gpu else {})}
-    places = sum(int(min(node.get(name, 0.0) // amount for name, amount in wanted.items())) for node in nodes)
-    return places // max(1, workers)
+    return sum(places(node, threads, gpu) for node in nodes) // max(1, workers)

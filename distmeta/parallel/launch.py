@@ -15,9 +15,10 @@ from distmeta.errors import RunError, UserError
 from distmeta.evaluation.measured import Measured
 from distmeta.methods import method_class
 from distmeta.methods.base import Method
-from distmeta.parallel import cluster
+from distmeta.parallel import cluster, room
 from distmeta.parallel.assessment import Assessment
 from distmeta.parallel.trainer import Outcome
+from distmeta.parallel.update import check_shares
 from distmeta.storage import Location
 
 
@@ -26,7 +27,17 @@ def workers(config: Config) -> tuple[int, int]:
     least, _, most = config.train.workers.partition(":")
     if int(least) > int(most or least):
         raise UserError(f"--workers {config.train.workers}: the least comes first; give --workers {most}:{least}")
+    check_shares(config.train.gpu, int(most or least))
     return int(least), int(most or least)
+
+
+_NCCL = {
+    # an all-reduce ends when it is done, and raises after TorchConfig's timeout_s where another worker is lost, as
+    # gloo's does: by default it only queues a kernel, and after that time a watchdog ends the process without a word
+    # (torch's ProcessGroupNCCL environment variables). What it costs, to wait, the finite-check after it costs anyway
+    "TORCH_NCCL_BLOCKING_WAIT": "1",
+}
+"""Environment of workers on GPUs. Ray sets TORCH_NCCL_ASYNC_ERROR_HANDLING where neither is set."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +128,7 @@ def _fit(
     threads = f"{config.train.threads} thread{'s' * (config.train.threads > 1)}"
     log(f"starting {config.train.workers} workers of {threads}")
     board = boards.create(0.9 * config.train.exchange_timeout)
-    watch = boards.Watch(board, log)
+    watch = boards.Watch(board, log, lambda: room.standing(config.train.threads, config.train.gpu))
     error, found = None, None
     servers: list[Any] = []
     try:
@@ -194,8 +205,8 @@ def _ray_config(config: Config, run: Location, callbacks: list[Any]) -> dict[str
         "torch_config": TorchConfig(backend="cpu:gloo,cuda:nccl" if o.gpu else "gloo", timeout_s=o.exchange_timeout),
         "scaling_config": ScalingConfig(
             num_workers=least if least == most else (least, most),
-            use_gpu=o.gpu,
-            resources_per_worker={"CPU": o.threads, **({"GPU": 1} if o.gpu else {})},
+            use_gpu=o.gpu > 0,
+            resources_per_worker=room.bundle(o.threads, o.gpu),
         ),
         "run_config": RunConfig(
             name=f"launch-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
@@ -203,6 +214,7 @@ def _ray_config(config: Config, run: Location, callbacks: list[Any]) -> dict[str
             storage_filesystem=None if storage.is_local else storage.fs,
             failure_config=FailureConfig(max_failures=o.max_failures, controller_failure_limit=cluster.starts(o.wait)),
             callbacks=callbacks,
+            worker_runtime_env={"env_vars": _NCCL} if o.gpu else None,
         ),
     }
 

@@ -9,7 +9,7 @@ RUN/
   evaluation.json   metrics by cohort, floors and paired differences
   report.html       the same as tables and pictures
   run.json          written last, when the run has finished
-  .lock             held by the driver at work (local filesystems)
+  .lock             held by the driver at work
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from distmeta import config as config_module
 from distmeta.config import Config
 from distmeta.errors import UserError
+from distmeta.parallel import claim
 from distmeta.storage import Location, writing
 
 
@@ -44,6 +45,15 @@ def exists(run: Location) -> bool:
     return (run / "config.yaml").exists()
 
 
+def begun(run: Location) -> bool:
+    """Whether there is a run here to go on with.
+
+    One that failed before it kept anything, for a setting that cannot be, leaves its config.yaml: no obstacle to
+    another, as the lock tells it from one that is just starting.
+    """
+    return exists(run) and bool(_kept(run))
+
+
 def finished(run: Location) -> bool:
     """Whether the run here was trained and evaluated to its end."""
     return (run / "run.json").exists()
@@ -61,17 +71,12 @@ def stored(run: Location) -> Config:
 
 
 def check_new(run: Location) -> None:
-    """UserError where a new run may not start at `run`: a run exists there, or other things lie there.
-
-    A run that failed before it kept anything, for a setting that cannot be, leaves its config.yaml: no obstacle
-    on a local filesystem, where the lock tells it from one that is just starting.
-    """
+    """UserError where a new run may not start at `run`: a run has begun there, or other things lie there."""
     if run.exists() and not run.is_dir():
         raise UserError(f"{run}: is a file, not a directory; choose another --run")
-    kept = _kept(run)
-    if exists(run) and (kept or not run.is_local):
+    if begun(run):
         raise UserError(f"{run}: a run exists here; add --resume to go on with it, or choose another --run")
-    if kept:
+    if kept := _kept(run):
         raise UserError(f"{run}: holds other things ({kept[0]}); choose a --run that is empty or does not exist")
 
 
@@ -91,17 +96,20 @@ def check_same(run: Location, config: Config) -> None:
 
 
 @contextlib.contextmanager
-def lock(run: Location, log: Callable[[str], None] = print) -> Iterator[None]:
+def lock(run: Location, log: Callable[[str], None] = print) -> Iterator[Callable[[], None]]:
     """Hold RUN/.lock while driving the run; it names this process and host.
 
     The kernel drops the lock with the process, so that one killed leaves no obstacle: its name in the file is
-    taken over. Nothing is locked on object stores.
+    taken over. On object stores see claim.py.
+
+    Gives what raises RunError where the run was taken over all the same, as object stores cannot quite exclude.
 
     Raises:
         UserError: another process drives this run.
     """
     if not run.is_local:
-        yield
+        with claim.held(run, log) as check:
+            yield check
         return
     path = (run / ".lock").path
     with writing(path):
@@ -122,7 +130,7 @@ def lock(run: Location, log: Callable[[str], None] = print) -> Iterator[None]:
         with writing(path):
             os.ftruncate(handle, 0)
             os.pwrite(handle, mine, 0)
-        yield
+        yield lambda: None
         os.ftruncate(handle, 0)
     finally:
         os.close(handle)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 PHASES = ("input", "adapt", "backward", "exchange", "optimizer", "checkpoint", "validation")
-"""adapt: the loss forward, inner loop included. input: waiting for the batch, and moving it to the device."""
+"""adapt: the loss forward, inner loop included (on a GPU until it is queued; what is left of it is backward).
+input: waiting for the batch, and moving it to the device."""
 OF_A_STEP = PHASES[:-1]
 _EXCHANGE = OF_A_STEP.index("exchange")
 _BUSY = [OF_A_STEP.index(p) for p in ("input", "adapt", "backward", "optimizer")]

@@ -91,11 +91,11 @@ def train(
     """
     exchange = exchange or Exchange()
     device = device_of(config.train)
-    with numerics(config.train.threads, device):
+    with numerics(config.train, device):
         items = read_items(dataset_location, dataset) if items is None else items
         method = build_method(config, dataset, items, device, exchange)
         o = config.train
-        tasks, surveyed, valid = _loaders(o, table, dataset, exchange, method.groups > 1)
+        tasks, surveyed, valid = _loaders(o, table, dataset, exchange, method.groups > 1, device)
         for loader in (tasks, valid):
             if loader.note and exchange.rank == 0:
                 log(loader.note)
@@ -133,11 +133,11 @@ def train(
 
 
 def _loaders(
-    o: TrainOptions, table: TaskTable, dataset: Dataset, exchange: Exchange, clusters: bool
+    o: TrainOptions, table: TaskTable, dataset: Dataset, exchange: Exchange, clusters: bool, device: torch.device
 ) -> tuple[Loader, Loader, Loader]:
     """This worker's tasks to train on, those whose clusters are surveyed after each epoch, and those to validate on."""
     shared: dict[str, Any] = {"seed": o.seed, "rank": exchange.rank, "world": exchange.world}
-    shared["memory"] = o.memory_mb << 20
+    shared |= {"memory": o.memory_mb << 20, "device": device}
     drawn = dataclasses.replace(table, query_rows=o.query_rows or table.query_rows)
     given = {**shared, "redraw": o.redraw_query, "epoch_tasks": o.epoch_tasks}
     tasks = surveyed = Loader(drawn, dataset, "train", o.batch_size, **given)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from distmeta import config as config_module
-from distmeta import process
+from distmeta import process, remote
 from distmeta.config import Config
 from distmeta.errors import RunError, UserError
 from distmeta.parallel import rundir
@@ -47,13 +47,21 @@ def run(asked: dict[str, Any], stored: Stored) -> None:
     try:
         _train(asked, stored, tune.report)
     except Exception as e:
-        known = isinstance(e, UserError | RunError)
-        tune.report({"failure": str(e) if known else f"{type(e).__name__}: {e}", OBJECTIVE: math.inf, "epoch": 0})
+        said = remote.explained(e) or e
+        known = isinstance(said, UserError | RunError)
+        tune.report({"failure": str(said) if known else f"{type(e).__name__}: {e}", OBJECTIVE: math.inf, "epoch": 0})
 
 
 def _train(asked: dict[str, Any], stored: Stored, report: Callable[[dict[str, Any]], Any]) -> None:
     config = config_module.of_plain(asked["config"])
     run = Location.of(config.train.run)
+    if run.is_local and not run.parent.exists():  # the search has made it
+        import ray
+
+        raise UserError(
+            f"{run.parent}: node {ray.util.get_node_ip_address()} does not see it; choose an --out on storage that all"
+            " nodes share"
+        )
     _settle(config.train.threads)
     told, errors, seconds = 0, list[float](), 0.0
 
@@ -162,9 +170,5 @@ def _settle(threads: int) -> None:
 @contextlib.contextmanager
 def _log(run: Location) -> Iterator[Callable[[str], None]]:
     """Appends lines to RUN/log.txt."""
-    with open((run / "log.txt").path, "a") as f:
-
-        def say(line: str) -> None:
-            print(line, file=f, flush=True)
-
+    with (run / "log.txt").appending() as say:
         yield say

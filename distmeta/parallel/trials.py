@@ -45,7 +45,8 @@ class Plan:
     """CPUs of a trial."""
     shared: Shared
     """What all trials have in common."""
-    gpu: bool = False
+    gpu: float = 0.0
+    """Of a GPU, for each of its workers or itself."""
     metric: str = "mae"
     """Of validation, that trials are judged by."""
     seeds: int = 1
@@ -94,6 +95,7 @@ def search(
         run_config=tune.RunConfig(
             name=f"launch-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             storage_path=out.path,
+            storage_filesystem=None if out.is_local else out.fs,
             stop=_stopper(found),
             callbacks=[watch],
             failure_config=tune.FailureConfig(max_failures=1),  # a process that was lost; the rest is caught in it

@@ -13,6 +13,7 @@ import torch
 import torch.utils.deterministic
 from torch import Tensor
 
+from distmeta.adaptation import precision
 from distmeta.config import Config, TrainOptions
 from distmeta.data.schema import Dataset
 from distmeta.errors import UserError
@@ -41,8 +42,19 @@ def device_of(options: TrainOptions) -> torch.device:
     if not options.gpu:
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("--gpu: torch sees no GPU here; leave the flag out, or install a torch built for yours")
-    return torch.device("cuda")
+        raise UserError(
+            "--gpu: torch sees no GPU here; leave the flag out, say --no-gpu, or install a torch built for yours"
+        )
+    return torch.device("cuda", torch.cuda.current_device())  # by number: the current one is a thread's own
+
+
+def check_shares(gpu: float, workers: int, flag: str = "--workers") -> None:
+    """UserError where workers that train together would share a GPU, which NCCL refuses."""
+    if 0 < gpu < 1 < workers:
+        raise UserError(
+            f"--gpu {gpu:g} {flag} {workers}: workers that train together have a GPU each; give --gpu 1, or"
+            f" {flag} {1 if flag == '--workers' else 0} (a search runs several such trials on one GPU)"
+        )
 
 
 def cores() -> int:
@@ -51,16 +63,17 @@ def cores() -> int:
 
 
 @contextlib.contextmanager
-def numerics(threads: int, device: torch.device) -> Iterator[None]:
-    """Fix the number of threads (sums depend on it in their last bits); on CPU, deterministic kernels."""
+def numerics(options: TrainOptions, device: torch.device) -> Iterator[None]:
+    """Fix what sums depend on in their last bits: the number of threads, --precision; on CPU, deterministic kernels."""
     deterministic: Any = torch.utils.deterministic  # a module with a property, which its stubs do not know
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     fill = deterministic.fill_uninitialized_memory
-    torch.set_num_threads(threads or cores())
+    torch.set_num_threads(options.threads or cores())
     torch.use_deterministic_algorithms(device.type == "cpu")
     deterministic.fill_uninitialized_memory = False  # a debugging aid: a pass over new memory
     try:
-        yield
+        with precision.taken(options.precision, device):
+            yield
     finally:
         torch.set_num_threads(before[0])
         torch.use_deterministic_algorithms(before[1])
@@ -161,7 +174,6 @@ class MetaUpdate:
                 self.method.write()
                 return
             losses, group = self.method.grouped_loss(batch)
-            self._settle()
         with timed("backward"):
             losses.sum().backward()
             self.tail[0] = losses.detach().sum()
@@ -171,9 +183,10 @@ class MetaUpdate:
             self._settle()
 
     def _settle(self) -> None:
-        """Wait for the GPU, so that the phases' seconds are true; the exchange would wait anyway."""
-        if self.flat.is_cuda:
-            torch.cuda.synchronize()
+        """Wait for the GPU once a step, so that what it computes is not counted as the exchange, where `apply` would
+        wait for it anyway. `adapt` is the time to queue that: what is left of it counts as `backward`."""
+        if self.flat.device.type == "cuda":
+            torch.cuda.synchronize(self.flat.device)
 
     def apply(self, batch: TaskBatch, step: int) -> tuple[float, float]:
         """Update from the exchanged buffer; the sum of the losses and the number of tasks, over all workers.

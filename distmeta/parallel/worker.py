@@ -7,13 +7,14 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
+import torch
 from ray.exceptions import RayError
 
 from distmeta import config as config_module
-from distmeta import process
+from distmeta import process, remote
 from distmeta.data.schema import Dataset
 from distmeta.data.tasktable import TaskTable
-from distmeta.errors import RunError, UserError
+from distmeta.errors import RunError, Unreachable, UserError
 from distmeta.parallel import rundir, trainer
 from distmeta.parallel.assessment import assess
 from distmeta.parallel.board import Pulse
@@ -41,6 +42,9 @@ def run(settings: dict[str, Any]) -> dict[str, Any] | None:
         ExchangeBroken, StateError: another worker or the shared state was lost; Ray Train starts a new group of
             workers, as for any error.
     """
+    # Ray Train shows all GPUs of a node to all its workers there
+    if settings["config"]["train"]["gpu"] and torch.cuda.is_available():
+        torch.cuda.set_device(ray.train.torch.get_device())
     board = settings["board"]
     if ray.get(board.failed.remote()):
         return None
@@ -50,13 +54,16 @@ def run(settings: dict[str, Any]) -> dict[str, Any] | None:
     pulse = Pulse(board, exchange)
     try:
         return _work(settings, exchange, lambda line: board.say.remote(line))
-    except (ExchangeBroken, StateError, RayError, OSError):
+    except (ExchangeBroken, StateError, RayError, Unreachable):
         raise  # what is lost may be back when the next group of workers starts
     except Exception as e:
-        kind = "UserError" if isinstance(e, UserError) else "RunError"
-        known = isinstance(e, UserError | RunError)
+        said = remote.explained(e) or e
+        if isinstance(said, OSError | Unreachable):
+            raise
+        kind = "UserError" if isinstance(said, UserError) else "RunError"
+        known = isinstance(said, UserError | RunError)
         whose = "" if known else f"worker {exchange.rank} ({pulse.place}): {type(e).__name__}: "
-        ray.get(board.fail.remote(kind, f"{whose}{e}"))
+        ray.get(board.fail.remote(kind, f"{whose}{said}"))
         raise  # which ends the others too; the next group of workers finds the failure and does nothing
     finally:
         pulse.close()

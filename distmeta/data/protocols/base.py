@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from distmeta import remote
 from distmeta.data.schema import Dataset
 from distmeta.errors import UserError
 from distmeta.storage import Location
@@ -157,4 +158,5 @@ def read_text(file: Location) -> str:
     try:
         return file.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as e:
+        remote.let_pass(e)
         raise UserError(f"{file}: not readable as a text file ({e}); give a file with one raw user id a line") from None

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import polars as pl
 
+from distmeta import remote
 from distmeta.errors import UserError
 from distmeta.storage import Location
 
@@ -22,6 +23,7 @@ def read_lines(file: Location, *, get: str, encoding: str = "latin-1") -> pl.Ser
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; {get}") from None
     except OSError as e:
+        remote.let_pass(e)
         raise UserError(f"{file}: cannot be read ({e}); check that it is a file that you may read") from None
     if not raw:
         raise UserError(f"{file}: the file is empty; {get}")
@@ -55,6 +57,7 @@ def read_blocks(file: Location, size: int, *, get: str) -> Iterator[tuple[int, p
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; {get}") from None
     except OSError as e:
+        remote.let_pass(e)
         raise UserError(f"{file}: cannot be read ({e}); check that it is a file that you may read") from None
     if line == 1 and not rest:
         raise UserError(f"{file}: the file is empty; {get}")

@@ -8,7 +8,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.dataset as pads
 
-from distmeta import yamlfile
+from distmeta import remote, yamlfile
 from distmeta.data.schema import Dataset, FieldType, Label
 from distmeta.data.sources.lines import known, last_of_pairs, refuse
 from distmeta.data.write import check_name, clear_place, write_dataset
@@ -224,7 +224,7 @@ def _read(file: Location, columns: list[str], where: str) -> pl.DataFrame:
     """
     if not file.exists():
         raise UserError(f"{where}: file {file} does not exist; paths are relative to --raw")
-    if file.path.lower().endswith(".csv"):
+    if file.name.lower().endswith(".csv"):
         frame = _read_csv(file)
         _check_columns(columns, frame.columns, file, where)
         frame = frame.select(columns)
@@ -236,6 +236,7 @@ def _read(file: Location, columns: list[str], where: str) -> pl.DataFrame:
             _check_columns(columns, found.schema.names, file, where)
             frame = pl.DataFrame(pl.from_arrow(found.to_table(columns=columns)))
         except (pa.ArrowInvalid, OSError) as e:
+            remote.let_pass(e)
             reason = str(e).splitlines()[0]
             raise UserError(f"{file}: not readable as Parquet ({reason}); CSV files must end in .csv") from None
     if not frame.height:

@@ -6,7 +6,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distmeta import draws
+from distmeta import draws, remote
 from distmeta.data.sources.lines import cut_columns, integers, read_blocks, refuse
 from distmeta.errors import UserError
 from distmeta.storage import Location
@@ -127,4 +127,5 @@ def _read_parquet(file: Location) -> pl.DataFrame:
             wanted = [c for c in ("user", "item", "behavior", "category", "timestamp") if c in there]
             return pl.DataFrame(pl.from_arrow(opened.read(wanted)))
     except (pa.ArrowException, OSError) as e:
+        remote.let_pass(e)
         raise UserError(f"{file}: not readable as Parquet ({str(e).splitlines()[0]}); {_GET}") from None

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from nodes import SETTINGS
 
 from distmeta.data.sources import movielens, synthetic
 from distmeta.methods import METHODS
@@ -16,11 +17,15 @@ from distmeta.storage import Location
 
 CLUSTERS = {
     "ray": ("test_ray",),
-    "clusters": ("test_emulated", "test_readme", "test_jobs", "test_scaling", "test_search_ray"),
+    "clusters": ("test_emulated", "test_readme", "test_jobs", "test_scaling", "test_search_ray", "test_trialrun"),
 }
 """Files that start Ray clusters: each group is one process's, so that there are two clusters at a time at most."""
 
 
+os.environ.update(SETTINGS)  # Ray reads them when it is imported, in whatever test comes first
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For pytest-xdist: a file is one process's, whose module fixtures are made once. The longest come first."""
     groups = {file: group for group, files in CLUSTERS.items() for file in files}

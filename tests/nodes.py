@@ -1,7 +1,6 @@
 """A Ray cluster of several nodes on this machine, for tests: 1 CPU each, to be killed and replaced."""
 
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from emulation import SOON_DEAD
 from distmeta import cli
 from distmeta.parallel.local_nodes import LocalNodes, raylet
 
-_SETTINGS = {
+SETTINGS = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_worker_niceness": "0",  # by default 15: beside anything else they would starve
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -28,7 +27,6 @@ class Nodes(LocalNodes):
     """A head and a further node; this process is connected to them as a driver."""
 
     def __init__(self) -> None:
-        os.environ.update(_SETTINGS)
         import ray
 
         super().__init__(2, 1)

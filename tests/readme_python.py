@@ -38,7 +38,13 @@ def serve(where: str) -> None:
     for package in (distmeta.commands, distmeta.methods):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)
-    for name in ("torch", "polars", "pyarrow.dataset", "distmeta.parallel.trainer", "distmeta.evaluation.evaluate"):
+    for name in (
+        "torch._inductor",
+        "polars",
+        "pyarrow.dataset",
+        "distmeta.parallel.trainer",
+        "distmeta.evaluation.evaluate",
+    ):
         importlib.import_module(name)
     assert "ray" not in sys.modules, "its threads do not survive a fork"
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who answer

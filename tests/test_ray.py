@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,14 +96,29 @@ def undisturbed(run: Path, small: Location, method: str, *flags: str) -> dict[st
     return final(run)
 
 
+@pytest.fixture(scope="module")
+def calm(suits: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """METHOD -> the undisturbed run of it that lasts for seconds, made once."""
+    made: dict[str, Path] = {}
+
+    def run(method: str) -> Path:
+        if method not in made:
+            where = tmp_path_factory.mktemp("calm") / method
+            undisturbed(where, suits(method), method, *LONG.get(method, []))
+            made[method] = where
+        return made[method]
+
+    return run
+
+
 def cli_config(words: list[str]) -> Any:
     from distmeta.commands import train
 
     return train.parse(words[1:])
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ALIKE])
-def test_killed_worker(tmp_path, suits, nodes, capfd, method):
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in {*ALIKE, *SHARING}])
+def test_killed_worker(tmp_path, suits, nodes, calm, capfd, method):
     """Invariants 2 and 4: a worker is killed mid-run, and the run ends in the bits of one that nothing happened to."""
     flags, closed, small = LONG.get(method, []), issubclass(method_class(method), ClosedForm), suits(method)
     with command(*argv(tmp_path / "run", small, method, *flags)) as run:
@@ -113,24 +128,29 @@ def test_killed_worker(tmp_path, suits, nodes, capfd, method):
             run.wait(lambda: len(lines(tmp_path / "run")) > 3)
         os.kill(nodes.workers()[len(method) % 2 - 1], signal.SIGKILL)
     assert run.status == 0
-    assert final(tmp_path / "run") == undisturbed(tmp_path / "plain", small, method, *flags)
-    assert [r["epoch"] for r in lines(tmp_path / "run")] == [r["epoch"] for r in lines(tmp_path / "plain")]
+    assert final(tmp_path / "run") == final(calm(method))
+    assert [r["epoch"] for r in lines(tmp_path / "run")] == [r["epoch"] for r in lines(calm(method))]
     if not closed:
         assert " died" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("method", SHARING)
-def test_killed_server(tmp_path, small, nodes, capfd, method):
-    """Invariant 4: the server of the shared state is killed mid-run; the run ends in the bits of an undisturbed one."""
-    flags = LONG.get(method, [])
-    with command(*argv(tmp_path / "run", small, method, *flags)) as run:
+def test_killed_worker_and_server(tmp_path, small, nodes, calm, capfd, method):
+    """Invariant 4: a worker is killed, and once others go on the server of the shared state; the run ends in the bits
+    of an undisturbed one."""
+    with command(*argv(tmp_path / "run", small, method, *LONG.get(method, []))) as run:
         run.wait(lambda: len(lines(tmp_path / "run")) > 3)
+        os.kill(nodes.workers()[len(method) % 2 - 1], signal.SIGKILL)
+        before = len(lines(tmp_path / "run"))
+        run.wait(lambda: len(lines(tmp_path / "run")) > before + 1)
         (server,) = nodes.servers()
         os.kill(server, signal.SIGKILL)
     assert run.status == 0
     assert "state-00000.safetensors" in final(tmp_path / "run")
-    assert final(tmp_path / "run") == undisturbed(tmp_path / "plain", small, method, *flags)
+    assert final(tmp_path / "run") == final(calm(method))
+    assert [r["epoch"] for r in lines(tmp_path / "run")] == [r["epoch"] for r in lines(calm(method))]
     out = capfd.readouterr().out
+    assert " died" in out
     assert re.search(
         r"the shared state \w+ was lost: its server \(shard 0, process \d+ on .*the workers are restarted", out
     )
@@ -147,18 +167,23 @@ def test_killed_server_with_no_failure_left(tmp_path, small, nodes, capfd, metho
     assert re.search(r"--max-failures 0 times, last worker \d: .*the shared state \w+ was lost: its server", said)
 
 
-def test_killed_node(tmp_path, small, nodes, capfd):
-    """The workers wait for a node in the place of the lost one, and read what was lost with it again."""
-    with command(*argv(tmp_path / "run", small, "melu", *LONG["melu"])) as run:
+def test_killed_node(tmp_path, small, nodes, calm, capfd):
+    """The workers wait for a node in the place of the lost one, and read what was lost with it again. A second driver
+    of the same run was refused meanwhile."""
+    words = argv(tmp_path / "run", small, "melu", *LONG["melu"])
+    with command(*words) as run:
+        run.wait(lambda: lines(tmp_path / "run"))
+        said = refused(capfd, [*words, "--resume"])
         run.wait(lambda: len(lines(tmp_path / "run")) > 3)
         nodes.lose()
         nodes.fill(2)
+    assert f"is being trained by process {os.getpid()}" in said
     assert run.status == 0
-    assert final(tmp_path / "run") == undisturbed(tmp_path / "plain", small, "melu", *LONG["melu"])
+    assert final(tmp_path / "run") == final(calm("melu"))
     assert "going on from step" in capfd.readouterr().out
 
 
-def test_elastic_goes_on_with_what_is_left(tmp_path, small, nodes):
+def test_elastic_goes_on_with_what_is_left(tmp_path, small, nodes, calm):
     """A node is lost and not replaced: one worker ends what two began. Exactness of that: test_trainer."""
     words = argv(tmp_path / "run", small, "melu", *LONG["melu"])
     words[words.index("--workers") + 1] = "1:2"
@@ -167,13 +192,12 @@ def test_elastic_goes_on_with_what_is_left(tmp_path, small, nodes):
         nodes.lose()
     assert run.status == 0
     assert [lines(tmp_path / "run")[i]["world"] for i in (0, -1)] == [2, 1]
-    undisturbed(tmp_path / "plain", small, "melu", *LONG["melu"])
-    last, plain = lines(tmp_path / "run")[-1], lines(tmp_path / "plain")[-1]
+    last, plain = lines(tmp_path / "run")[-1], lines(calm("melu"))[-1]
     assert last["step"] == plain["step"]
     assert last["train_loss"] == pytest.approx(plain["train_loss"], rel=0.02)
 
 
-def test_hung_worker_is_named(tmp_path, small, nodes, capfd):
+def test_hung_worker_is_named(tmp_path, small, nodes, calm, capfd):
     """A worker that stands still is named and replaced."""
     words = argv(tmp_path / "run", small, "melu", *LONG["melu"])
     words[words.index("--exchange-timeout") + 1] = "4"
@@ -182,7 +206,7 @@ def test_hung_worker_is_named(tmp_path, small, nodes, capfd):
         hung = nodes.workers()[0]
         os.kill(hung, signal.SIGSTOP)
     assert run.status == 0
-    assert final(tmp_path / "run") == undisturbed(tmp_path / "plain", small, "melu", *LONG["melu"])
+    assert final(tmp_path / "run") == final(calm("melu"))
     assert f"(process {hung} on " in capfd.readouterr().out
 
 
@@ -192,7 +216,7 @@ def test_streamed(tmp_path, nodes, capfd, monkeypatch):
     place = Location.of(tmp_path / "data")
     words = ["prepare", "synthetic", "--users", "1200", "--items", "200", "--per-user", "30", "60", "--out", str(place)]
     assert cli.main(words) == 0
-    flags = ["--memory-mb", "1", "--epochs", "4", "--steps", "1", "--query-rows", "5"]
+    flags = ["--memory-mb", "1", "--epochs", "3", "--steps", "1", "--query-rows", "5"]
     with command(*argv(tmp_path / "run", place, "melu", *flags)) as run:
         run.wait(lambda: len(lines(tmp_path / "run")) > 1)
         os.kill(nodes.workers()[0], signal.SIGKILL)
@@ -352,14 +376,6 @@ def test_diverged_run_is_not_tried_again(tmp_path, small, nodes, capfd):
     said = refused(capfd, argv(tmp_path / "run", small, "melu", "--lr", "1e30", "--clip", "0", "--epochs", "5"), 1)
     assert "is not finite" in said
     assert not [t for t in threading.enumerate() if t.name == "distmeta-watch"]
-
-
-def test_two_drivers(tmp_path, small, nodes, capfd):
-    with command(*argv(tmp_path / "run", small, "melu", *LONG["melu"])) as run:
-        run.wait(lambda: lines(tmp_path / "run"))
-        said = refused(capfd, [*argv(tmp_path / "run", small, "melu", *LONG["melu"]), "--resume"])
-    assert run.status == 0
-    assert f"is being trained by process {os.getpid()}" in said
 
 
 def test_no_cluster_at_the_address(tmp_path, small, capfd):

@@ -8,6 +8,7 @@ import pytest
 from distmeta import cli
 from distmeta.commands import scaling_runs
 from distmeta.errors import RunError
+from distmeta.parallel.update import cores
 
 
 def run(began: float, ended: float, seconds: float, rates: list[float]) -> Any:
@@ -76,6 +77,7 @@ def test_bad_arguments(argv, words, capsys):
 
 
 def test_a_training_that_fails_says_why(small, capsys):
-    argv = ["--data", str(small), "--batch-size", "200", "--epochs", "4", "--turns", "1", "--workers", "9"]
+    n = cores() + 1
+    argv = ["--data", str(small), "--batch-size", "200", "--epochs", "4", "--turns", "1", "--workers", str(n)]
     assert cli.main(["benchmark", "scaling", *argv]) == 2
-    assert "9 workers of 1 CPU each need 9, this machine has" in capsys.readouterr().err
+    assert f"{n} workers of 1 CPU each need {n}, this machine has" in capsys.readouterr().err

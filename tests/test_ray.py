@@ -7,10 +7,7 @@ import os
 import re
 import signal
 import threading
-<<<<<<< HEAD
-from collections.abc import Callable, Iterator
-=======
->>>>>>> 54e8500e03f2f95a65ab1e3043cd4a63668ba652
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 

@@ -1,11 +1,32 @@
-"""What a process that adapts tasks in batches sets once, before its first tensor."""
+"""What a process has of the machine, and what one that adapts tasks in batches sets once, before its first tensor."""
 
+import contextlib
 import ctypes
 import gc
+import math
+import os
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _KEEP = 2**31 - 1
 _LARGEST = (1 << 30, 1 << 25)  # the second is the most that glibc accepts on 64 bits where it refuses the first
+
+
+_QUOTA = "/sys/fs/cgroup/cpu.max"
+
+
+def cores(quota: str = _QUOTA) -> int:
+    """CPU cores that this process may use: those that the kernel lets it run on, and of their time what a container's
+    limit leaves, rounded up.
+
+    Args:
+        quota: file of a container's limit (cgroup v2: microseconds, or max, in each so many).
+    """
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        with open(quota) as f:
+            most, period = f.read().split()
+        usable = min(usable, max(1, math.ceil(int(most) / int(period))))
+    return usable
 
 
 def prepare(threads: int) -> bool:

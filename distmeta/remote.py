@@ -35,8 +35,11 @@ _ABSENT = {"NO_SUCH_BUCKET", "NOT_FOUND"}
 _ELSEWHERE = {"301", "307", "MOVED_PERMANENTLY", "AUTHORIZATION_HEADER_MALFORMED"}
 
 
-def opened(uri: str) -> tuple[pafs.FileSystem, str, str]:
+def opened(uri: str, ask: bool = True) -> tuple[pafs.FileSystem, str, str]:
     """The filesystem of a URI, the path there, and the URI up to its query with {} for the path.
+
+    Args:
+        ask: whether to find out that it can be used, where this process has not.
 
     Raises:
         UserError: it is no URI of a kind that is known; or of an object store that refuses, or has no such bucket.
@@ -59,7 +62,8 @@ def opened(uri: str) -> tuple[pafs.FileSystem, str, str]:
             raise UserError(f"{bare}: has {'a #' if parts.netloc else 'no bucket'}; write it like s3://bucket/folder")
         path = "/".join([parts.netloc.rpartition("@")[2], *(p for p in unquote(parts.path).split("/") if p)])
         settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith(("AWS_", "GOOGLE_"))))
-        return _store(parts.scheme, parts.netloc, query, path, settings), path, f"{parts.scheme}://{{}}{query}"
+        fs = _store(f"{parts.scheme}://{parts.netloc}", query, path, settings, ask)
+        return fs, path, f"{parts.scheme}://{{}}{query}"
     except (pa.ArrowInvalid, OSError) as e:
         raise explained(e) or UserError(
             f"{bare}: cannot be opened ({str(e).splitlines()[0]}); give a path or a URI like s3://bucket/folder"
@@ -73,25 +77,27 @@ def written(pattern: str, path: str) -> str:
 
 @functools.lru_cache(maxsize=32)
 def _kept(root: str, settings: tuple[tuple[str, str], ...]) -> dict[str, pafs.FileSystem]:
-    """Where the filesystem of a bucket is kept, for each state of the environment that it depends on."""
+    """What there is of a bucket: `used`, and once it has answered `asked`; `settings`: the environment's."""
     return {}
 
 
-def _store(scheme: str, bucket: str, query: str, path: str, settings: tuple[tuple[str, str], ...]) -> pafs.FileSystem:
-    root = f"{scheme}://{bucket}{query}"
-    kept = _kept(root, settings)
-    if root not in kept:
-        fs, _ = pafs.FileSystem.from_uri(root)
-        first = later = fs
-        if isinstance(fs, pafs.S3FileSystem):
-            # what a URI, the environment and the bucket's region say is in the one that Arrow made of them
-            _, (said, *_) = fs.__reduce__()
-            first, later = (pafs.S3FileSystem(**{**said, **extra}) for extra in (_FIRST, _LATER))
-        elif "retry_limit_seconds" not in query:
-            first, _ = pafs.FileSystem.from_uri(f"{root}{'&' if query else '?'}retry_limit_seconds={_GS_FIRST_S}")
-        _check(first, written(f"{scheme}://{{}}{query}", path), path)
-        kept[root] = later
-    return kept[root]
+def _store(root: str, query: str, path: str, settings: tuple[tuple[str, str], ...], ask: bool) -> pafs.FileSystem:
+    kept = _kept(root + query, settings)
+    if "used" in kept and ("asked" in kept or not ask):
+        return kept["used"]
+    fs, _ = pafs.FileSystem.from_uri(root + query)
+    asked = used = fs
+    if isinstance(fs, pafs.S3FileSystem):
+        # what the URI, the environment and the bucket's region say is in the one that Arrow made of them
+        _, (said, *_) = fs.__reduce__()
+        asked, used = (pafs.S3FileSystem(**{**said, **extra}) for extra in (_FIRST, _LATER))
+    elif ask and "retry_limit_seconds" not in query:
+        asked, _ = pafs.FileSystem.from_uri(f"{root}{query}{'&' if query else '?'}retry_limit_seconds={_GS_FIRST_S}")
+    kept["used"] = used
+    if ask:
+        _check(asked, written(f"{root.split('://')[0]}://{{}}{query}", path), path)
+        kept["asked"] = asked
+    return used
 
 
 def _check(fs: pafs.FileSystem, uri: str, path: str) -> None:

@@ -52,7 +52,7 @@ class Location:
         return self.path if self.is_local else remote.written(self.pattern, self.path)
 
     def __reduce__(self) -> Any:
-        return Location.of, (str(self),)
+        return _unpickled, (str(self),)
 
     @property
     def parent(self) -> "Location":
@@ -167,6 +167,13 @@ class Location:
             self.write_bytes(text)
 
         yield say
+
+
+def _unpickled(uri: str) -> Location:
+    """The location of a text that was one; no store is asked, as what cannot be unpickled tells nobody why."""
+    if not remote.URI.match(uri):
+        return Location(pafs.LocalFileSystem(), uri)
+    return Location(*remote.opened(uri, ask=False))
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -238,3 +239,25 @@ def test_a_server_that_is_gone_or_refuses(store, data, monkeypatch, capsys, tmp_
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(Unreachable, match=r"at http://127.0.0.1:9 does not answer .*then run the command again"):
         Location.of(str(run))
+
+
+def test_a_node_that_does_not_see_the_tasks_says_so(store, data):
+    """Not that they are damaged and to be deleted; and one without keys is told so, not that it cannot unpickle."""
+    from distmeta.data import tasktable
+    from distmeta.parallel import delivery
+
+    table = tasktable.make(Location.of(data), "cmml-user", 0, {})
+    elsewhere = replace(table, location=Location.of("/mnt/elsewhere/tasks"))
+    parts = [delivery.Part("train", 0), delivery.Part("train", 0, [0])]
+    for part in parts:
+        assert sum(map(len, delivery._reader(table, part, table.columns())())) == table.sizes("train")[0]
+        with pytest.raises(UserError, match=r"/mnt/elsewhere/tasks: the node .* does not see this task table; put the"):
+            list(delivery._reader(elsewhere, part, table.columns())())
+    sent = pickle.dumps(table)
+    try:
+        store.call("POST", "/moto-api/reset-auth", b"0")
+        with pytest.raises(OSError) as caught:
+            pickle.loads(sent).read("train")
+    finally:
+        store.call("POST", "/moto-api/reset-auth", b"inf")
+    assert "access is refused" in str(delivery.sentence(caught.value))

@@ -171,7 +171,7 @@ def _parser(method: str, shown: bool) -> Parser:
 
 def _settled(config: Config, run: Location, place: Location) -> Config:
     """The config as the run keeps it: where everything lies, and how many threads it computes with."""
-    from distmeta.parallel.update import cores
+    from distmeta.process import cores
 
     threads = config.train.threads or _threads(config.train.workers)
     if config.train.workers == "0" and threads > cores():
@@ -188,7 +188,7 @@ def _settled(config: Config, run: Location, place: Location) -> Config:
 
 def _threads(workers: str) -> int:
     """CPU threads of each worker where --threads leaves them open."""
-    from distmeta.parallel.update import cores
+    from distmeta.process import cores
 
     if workers == "0":
         return cores()

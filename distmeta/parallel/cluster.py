@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from distmeta.errors import RunError, UserError
 from distmeta.parallel import room
-from distmeta.parallel.update import cores
+from distmeta.process import cores
 
 T = TypeVar("T")
 

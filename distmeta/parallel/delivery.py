@@ -19,7 +19,7 @@ import ray.train
 from ray.data import DataContext, Dataset, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from distmeta import draws
+from distmeta import draws, remote
 from distmeta.data import pools
 from distmeta.data import schema as dataset_schema
 from distmeta.data.protocols import SPLITS
@@ -61,19 +61,21 @@ class TaskParts(Datasource):
 
 
 def _reader(table: TaskTable, part: Part, columns: Sequence[str]) -> Callable[[], Iterable[pa.Table]]:
-    def parts() -> Iterator[pa.Table]:
-        if not (table.location / "tasks.json").exists():
-            node = ray.util.get_node_ip_address()
+    def read() -> Iterator[pa.Table]:
+        try:
+            if part.groups is None:
+                yield from table.read(part.split, [part.shard], columns)
+            else:
+                yield from table.stream(part.split, [(part.shard, part.groups)], columns)
+        except UserError:
+            if (table.location / "tasks.json").exists():
+                raise
             raise UserError(
-                f"{table.location}: node {node} does not see this task table; put the dataset on storage that all nodes"
-                " share"
-            )
-        if part.groups is None:
-            yield from table.read(part.split, [part.shard], columns)
-        else:
-            yield from table.stream(part.split, [(part.shard, part.groups)], columns)
+                f"{table.location}: the node {ray.util.get_node_ip_address()} does not see this task table; put the"
+                " dataset on storage that all nodes share"
+            ) from None
 
-    return parts
+    return read
 
 
 def _columns(table: TaskTable) -> list[str]:
@@ -144,6 +146,8 @@ def sentence(e: BaseException | None) -> UserError | RunError | None:
         for candidate in (inner, e):
             if isinstance(candidate, UserError | RunError):
                 return (UserError if isinstance(candidate, UserError) else RunError)(str(inner or candidate))
+            if refused := remote.explained(candidate) if candidate else None:
+                return refused
         e = e.__cause__ or e.__context__
     return None
 

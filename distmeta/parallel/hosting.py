@@ -10,10 +10,10 @@ from distmeta.config import Config
 from distmeta.data.schema import Dataset
 from distmeta.data.tasktable import TaskTable
 from distmeta.errors import UserError
-from distmeta.parallel import cluster
-from distmeta.parallel.room import bundle, places
+from distmeta.parallel import cluster, room
 from distmeta.parallel.stored import SPLITS, ForWorkers, Stored
-from distmeta.parallel.update import check_shares, cores
+from distmeta.parallel.update import check_shares
+from distmeta.process import cores
 from distmeta.storage import Location
 
 _SETTINGS = {
@@ -67,12 +67,6 @@ def connected(threads: int, gpu: float, wait: int, workers: int = 0) -> Iterator
             stack.enter_context(cluster.connected(max(1, workers), threads, gpu, wait))
         except UserError as e:
             raise UserError(str(e).replace("--workers", "--workers-per-trial")) from None
-        if not at_once(_nodes(), workers, threads, gpu):
-            each = f"{threads} CPU{'s' * (threads > 1)}{f' and {gpu:g} GPU' * (gpu > 0)}"
-            raise UserError(
-                f"the cluster's nodes have no room for a trial: {max(1, workers)} x {each}, each on one node; use fewer"
-                " --threads or --workers-per-trial, or larger nodes"
-            )
         yield
 
 
@@ -112,20 +106,16 @@ def resources(workers: int, threads: int, gpu: float) -> Any:
 
     if workers:
         return tune.PlacementGroupFactory([{"memory": _DRIVER_BYTES}])
-    return bundle(threads, gpu)
+    return room.bundle(threads, gpu)
 
 
-def room(workers: int, threads: int, gpu: float) -> int:
+def trials_now(workers: int, threads: int, gpu: float) -> int:
     """Trials that the cluster has room for now, at least one; the arguments as of `at_once`."""
-    return max(1, at_once(_nodes(), workers, threads, gpu))
-
-
-def _nodes() -> list[Mapping[str, float]]:
     import ray
 
     if not ray.is_initialized():  # an interrupted search's thread: Ray would connect it to any cluster that it finds
-        return []
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return 1
+    return max(1, at_once(room.alive(), workers, threads, gpu))
 
 
 def at_once(nodes: Sequence[Mapping[str, float]], workers: int, threads: int, gpu: float) -> int:
@@ -139,4 +129,4 @@ def at_once(nodes: Sequence[Mapping[str, float]], workers: int, threads: int, gp
         threads: CPUs of each worker.
         gpu: share of one that each worker has; a share is never of two.
     """
-    return sum(places(node, threads, gpu) for node in nodes) // max(1, workers)
+    return sum(room.places(node, threads, gpu) for node in nodes) // max(1, workers)

@@ -78,7 +78,7 @@ def search(
     if found.ended >= plan.trials or found.hopeless:
         return _checked(found)
     needs = plan.workers, plan.threads, plan.gpu
-    launch, room = Launch(study, _have("CPU")), lambda: hosting.room(*needs)
+    launch, room = Launch(study, _have("CPU")), lambda: hosting.trials_now(*needs)
     if plan.workers:
         log(f"trials at a time: {room()}; workers of each: {plan.workers}; CPUs of a worker: {plan.threads}")
     searcher = _searcher(study, plan, found, ask, room)

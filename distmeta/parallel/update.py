@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -13,6 +12,7 @@ import torch
 import torch.utils.deterministic
 from torch import Tensor
 
+from distmeta import process
 from distmeta.adaptation import precision
 from distmeta.config import Config, TrainOptions
 from distmeta.data.schema import Dataset
@@ -57,18 +57,13 @@ def check_shares(gpu: float, workers: int, flag: str = "--workers") -> None:
         )
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @contextlib.contextmanager
 def numerics(options: TrainOptions, device: torch.device) -> Iterator[None]:
     """Fix what sums depend on in their last bits: the number of threads, --precision; on CPU, deterministic kernels."""
     deterministic: Any = torch.utils.deterministic  # a module with a property, which its stubs do not know
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     fill = deterministic.fill_uninitialized_memory
-    torch.set_num_threads(options.threads or cores())
+    torch.set_num_threads(options.threads or process.cores())
     torch.use_deterministic_algorithms(device.type == "cpu")
     deterministic.fill_uninitialized_memory = False  # a debugging aid: a pass over new memory
     try:

@@ -34,6 +34,7 @@ from distmeta.data.tables import PARQUET
 from distmeta.data.write import clear_place
 from distmeta.errors import RunError, UserError
 from distmeta.fields import build, option
+from distmeta.process import cores
 from distmeta.storage import Location, writing
 
 PART_ROWS = 1_000_000
@@ -110,7 +111,7 @@ def generate(where: Location, jobs: int | None = None, **arguments: Any) -> Data
     bins = np.zeros((2 * crowd.clusters, BINS), np.int64)
     blocks = _blocks(crowd.counts)
     progress = _Progress(crowd.interactions)
-    for number, file, part in _made(where, crowd, blocks, jobs or len(os.sched_getaffinity(0))):
+    for number, file, part in _made(where, crowd, blocks, jobs or cores()):
         files["interactions"].append((number, file))  # type: ignore[arg-type]
         bins += part
         progress.add(file["rows"])

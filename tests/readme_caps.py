@@ -7,6 +7,10 @@ NOT_RUN = {
     "ray start --head": "a terminal of its own that stays: test_jobs starts such a head and submits to it",
     "ray job submit": "to a head at a fixed port: test_jobs submits train, prepare, evaluate and search",
     "pkill -9": "kills by name, the workers of other tests too: test_ray kills each kind of process by its id",
+    "helm install": "a cluster to install into: test_k8s holds the manifests against this operator's schemas",
+    "docker build": "a daemon, and gigabytes: test_k8s reads the Dockerfile",
+    "kubectl": "an API server: test_k8s renders the overlays, test_emulated runs the jobs' entrypoints",
+    "s3://bucket": "a bucket: test_s3 runs these commands on a server of its own",
     "python -m jobs.benchmark scaling": "five trainings, three of them clusters that start: test_scaling runs it",
     "python -m jobs.reproduce cmml-fig2": "18 processes that import torch, a minute: test_costs runs it",
 }

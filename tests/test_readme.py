@@ -76,7 +76,7 @@ TEXT = """# One
 for s in 0 1; do python -m jobs.train melu \\
   --seed $s --run "a b"; done; cd /   # a comment
 ray job submit --working-dir . -- python -m tune.search melu --out x
-sh -c 'distmeta evaluate --run r' && kubectl apply -k k8s/overlays/nowhere | tee log
+sh -c 'exec distmeta evaluate --run r' && kubectl apply -k k8s/overlays/nowhere | tee log
 ```
 ## Two
 ```yaml

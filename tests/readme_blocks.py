@@ -82,6 +82,7 @@ command_not_found_handle() {
   while [ $# -gt 0 ] && [ "$1" != -- ]; do shift; done
   [ $# -lt 2 ] || "${@:2}"  # what follows -- is for another machine
 }
+exec() { [ $# -eq 0 ] || "$@"; }
 """
 
 
@@ -89,7 +90,7 @@ def read(block: Block, folder: Path) -> list[list[str]]:
     """The commands of a block as bash sees them, loops and variables worked out; none but its built-ins is run."""
     record = folder / "commands"
     with record.open("wb") as file:
-        words = ["bash", "--norc", "-c", f"{_READ}exec 3>&{file.fileno()}\nPATH=/nowhere\n{block.text}"]
+        words = ["bash", "--norc", "-c", f"exec 3>&{file.fileno()}\n{_READ}PATH=/nowhere\n{block.text}"]
         done = subprocess.run(
             words,
             cwd=folder,
@@ -132,7 +133,7 @@ def parse(argv: list[str]) -> None:
 
 def _new(words: list[str]) -> list[str]:
     """`train`'s words as for a new run: without those that need a run or config that an earlier command would make."""
-    kept = [w for w in words if w != "--resume"]
+    kept = [w for w in words if w not in ("--resume", "--retried")]
     if "--config" in kept:
         at = kept.index("--config")
         del kept[at : at + 2]

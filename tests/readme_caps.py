@@ -7,21 +7,25 @@ NOT_RUN = {
     "ray start --head": "a terminal of its own that stays: test_jobs starts such a head and submits to it",
     "ray job submit": "to a head at a fixed port: test_jobs submits train, prepare, evaluate and search",
     "pkill -9": "kills by name, the workers of other tests too: test_ray kills each kind of process by its id",
+    "helm install": "a cluster to install into: test_k8s holds the manifests against this operator's schemas",
+    "docker build": "a daemon, and gigabytes: test_k8s reads the Dockerfile",
+    "kubectl": "an API server: test_k8s renders the overlays, test_emulated runs the jobs' entrypoints",
+    "s3://bucket": "a bucket: test_s3 runs these commands on a server of its own",
     "python -m jobs.benchmark scaling": "five trainings, three of them clusters that start: test_scaling runs it",
     "python -m jobs.reproduce cmml-fig2": "18 processes that import torch, a minute: test_costs runs it",
 }
 """Phrase of a block that is only read, its command lines parsed -> why. One that begins with `python -m jobs` or `tune`
 stands for those commands alone; what else the block has is run."""
 
-_TASKS = "epoch-tasks=32 valid-tasks=16"
+_TASKS = "epoch-tasks=64 valid-tasks=16"
 _LISTS = "scenario-users=20 pretrained-width=8"
 CAPS = {
-    "train": "--epochs 1 --epoch-tasks 32 --valid-tasks 16 --no-floors",
+    "train": "--epochs 1 --epoch-tasks 64 --valid-tasks 16 --no-floors",
     "train cmml-scenario": "--epochs 1 --epoch-tasks 8 --valid-tasks 4 --no-floors --scenario-users 20"
     " --pretrained-width 8",
     "prepare synthetic": "--users 300",
     "prepare synthetic --profile": "--users 1000 --items 2000 --interactions 20000 --jobs 1",
-    "search": "--trials 1 --epochs 1 --grace 1 --set epoch-tasks=32 --set valid-tasks=16 --set no-floors",
+    "search": "--trials 1 --epochs 1 --grace 1 --set epoch-tasks=64 --set valid-tasks=16 --set no-floors",
     "reproduce": f"--epochs 1 --seeds 1 --jobs 1 --set {_TASKS}",
     "reproduce cmml-2": f"--epochs 1 --seeds 1 --jobs 1 --methods cmml-linear --set {_TASKS} {_LISTS}",
     "reproduce mamo-fig2": f"--epochs 1 --seeds 1 --jobs 1 --panels tau --set {_TASKS}",
@@ -29,7 +33,7 @@ CAPS = {
     "benchmark input": "--users 200 --epochs 1",
     "benchmark methods": "--epochs 2 --rounds 1 --steps 1",
     "benchmark neighbours": "--nodes 3000 --turns 1",
-    "benchmark search": "--trials 1 --epochs 1 --grace 1 --seeds 1 --set epoch-tasks=32 --set valid-tasks=16",
+    "benchmark search": "--trials 1 --epochs 1 --grace 1 --seeds 1 --set epoch-tasks=64 --set valid-tasks=16",
     "benchmark serving": "--candidates 50 --requests 10 --steps 1",
 }
 """Words that a command has -> flags that are added where its own value is larger or left open: the README's commands

@@ -188,7 +188,7 @@ def test_elastic_goes_on_with_what_is_left(tmp_path, small, nodes, calm):
 def test_hung_worker_is_named(tmp_path, small, nodes, calm, capfd):
     """A worker that stands still is named and replaced."""
     words = argv(tmp_path / "run", small, "melu", *LONG["melu"])
-    words[words.index("--exchange-timeout") + 1] = "4"
+    words[words.index("--exchange-timeout") + 1] = "8"
     with command(*words) as run:
         run.wait(lambda: len(lines(tmp_path / "run")) > 3)
         hung = nodes.workers()[0]

@@ -76,7 +76,7 @@ TEXT = """# One
 for s in 0 1; do python -m jobs.train melu \\
   --seed $s --run "a b"; done; cd /   # a comment
 ray job submit --working-dir . -- python -m tune.search melu --out x
-sh -c 'distmeta evaluate --run r' && kubectl apply -k k8s/overlays/nowhere | tee log
+sh -c 'exec distmeta evaluate --run r' && kubectl apply -k k8s/overlays/nowhere | tee log
 ```
 ## Two
 ```yaml
@@ -104,10 +104,10 @@ def test_a_block_is_read_as_bash_reads_it(tmp_path: Path) -> None:
 
 def test_caps() -> None:
     words = ["train", "melu", "--epochs", "1", "--valid-tasks", "5000"]
-    assert capped(words) == [*words, "--epoch-tasks", "32", "--valid-tasks", "16", "--no-floors"]
+    assert capped(words) == [*words, "--epoch-tasks", "64", "--valid-tasks", "16", "--no-floors"]
     assert capped(["train", "--run", "r", "--resume"]) == ["train", "--run", "r", "--resume"]
     words = capped(["reproduce", "paml-2", "--set", "wide", "lr=1", "--out", "o", "--seeds", "2"])
-    assert words[2:9] == ["--set", "wide", "lr=1", "epoch-tasks=32", "valid-tasks=16", "--out", "o"]
+    assert words[2:9] == ["--set", "wide", "lr=1", "epoch-tasks=64", "valid-tasks=16", "--out", "o"]
     assert words[9:] == ["--seeds", "2", "--epochs", "1", "--seeds", "1", "--jobs", "1"]
     with pytest.raises(UserError, match="did you mean"):
         parse(["benchmark", "methods", "--epoch", "1"])

@@ -19,23 +19,16 @@ from distmeta.storage import Location
 if TYPE_CHECKING:
     from nodes import Nodes
 
-CLUSTERS = {
-    "ray": ("test_ray",),
-    "clusters": ("test_emulated", "test_readme", "test_jobs", "test_scaling", "test_search_ray", "test_trialrun"),
-}
-"""Files that start Ray clusters: each group is one process's, so that there are two clusters at a time at most."""
-
+LONGEST = ("test_ray", "test_emulated", "test_readme", "test_jobs", "test_scaling", "test_search_ray", "test_trialrun")
+"""Files to begin with. They start Ray clusters; a file is one process's, so that there is one a process at a time."""
 
 os.environ.update(SETTINGS)  # Ray reads them when it is imported, in whatever test comes first
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For pytest-xdist: a file is one process's, whose module fixtures are made once. The longest come first."""
-    groups = {file: group for group, files in CLUSTERS.items() for file in files}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(groups.get(item.path.stem, item.path.stem)))
-    items.sort(key=lambda item: [*groups, item.path.stem].index(item.path.stem))
+    """The longest files first: pytest-xdist hands files out in this order."""
+    rank = {name: k for k, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ _TASKS = "epoch-tasks=64 valid-tasks=16"
 _LISTS = "scenario-users=20 pretrained-width=8"
 CAPS = {
     "train": "--epochs 1 --epoch-tasks 64 --valid-tasks 16 --no-floors",
-    "train cmml-scenario": "--epochs 1 --epoch-tasks 8 --valid-tasks 4 --no-floors --scenario-users 20"
+    "train cmml-scenario": "--epochs 1 --epoch-tasks 32 --valid-tasks 4 --no-floors --scenario-users 20"
     " --pretrained-width 8",
     "prepare synthetic": "--users 300",
     "prepare synthetic --profile": "--users 1000 --items 2000 --interactions 20000 --jobs 1",

@@ -67,6 +67,12 @@ def test_misuse_is_one_sentence_and_2(capsys, monkeypatch, tmp_path, argv, words
     assert list(tmp_path.iterdir()) == [], "nothing was made"
 
 
+def test_the_board_needs_neither_torch_nor_ray_train():
+    """They would cost its process three seconds and 300 MB at each start of workers."""
+    code = "import sys, distmeta.parallel.board; assert not {'torch', 'ray.train'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_help_needs_neither_torch_nor_ray():
     """Every help in one process, with both imports forbidden."""
     code = """

@@ -122,20 +122,20 @@ def _fit(
     from ray.train.torch import TorchTrainer
 
     from distmeta.parallel import board as boards
-    from distmeta.parallel import delivery, leash, stateactor, worker
+    from distmeta.parallel import delivery, leash, stateactor, watch, worker
 
     datasets = trial.datasets if trial else materialised(config, table, SPLITS)
     threads = f"{config.train.threads} thread{'s' * (config.train.threads > 1)}"
     log(f"starting {config.train.workers} workers of {threads}")
     board = boards.create(0.9 * config.train.exchange_timeout)
-    watch = boards.Watch(board, log, lambda: room.standing(config.train.threads, config.train.gpu))
+    watching = watch.Watch(board, log, lambda: room.standing(config.train.threads, config.train.gpu))
     error, found = None, None
     servers: list[Any] = []
     try:
         if learn and method_class(config.method).memories is not Method.memories:
             o = config.train
             servers = stateactor.create(run.name, o.state_shards, workers(config)[1], o.exchange_timeout)
-        callbacks = [boards.Deaths(board), *([leash.Held(trial.leash, str(run))] if trial else [])]
+        callbacks = [watch.Deaths(board), *([leash.Held(trial.leash, str(run))] if trial else [])]
         trainer = TorchTrainer(
             worker.run,
             train_loop_config={
@@ -155,7 +155,7 @@ def _fit(
         def over() -> bool:
             if trial:
                 trial.follow()
-            return ours and watch.failure is not None
+            return ours and watching.failure is not None
 
         done = cluster.interruptible(trainer.fit, over)
         found = done.return_value if done else None
@@ -166,7 +166,7 @@ def _fit(
     finally:
         if trial:
             ray.get(trial.leash.free.remote(str(run)))
-        failure = watch.close()
+        failure = watching.close()
         for actor in (board, *servers):
             ray.kill(actor)
     if failure:

@@ -17,11 +17,11 @@ from distmeta.data.tasktable import TaskTable
 from distmeta.errors import RunError, Unreachable, UserError
 from distmeta.parallel import rundir, trainer
 from distmeta.parallel.assessment import assess
-from distmeta.parallel.board import Pulse
 from distmeta.parallel.collective import ExchangeBroken, TorchExchange
 from distmeta.parallel.delivery import DeliveredTable
 from distmeta.parallel.state import StateError
 from distmeta.parallel.stateactor import RayServers
+from distmeta.parallel.watch import Pulse
 from distmeta.storage import Location
 
 

@@ -3,8 +3,9 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ from nodes import SETTINGS
 from distmeta.data.sources import movielens, synthetic
 from distmeta.methods import METHODS
 from distmeta.storage import Location
+
+if TYPE_CHECKING:
+    from nodes import Nodes
 
 LONGEST = ("test_ray", "test_emulated", "test_readme", "test_jobs", "test_scaling", "test_search_ray", "test_trialrun")
 """Files to begin with. They start Ray clusters; a file is one process's, so that there is one a process at a time."""
@@ -96,3 +100,19 @@ def clicks(tmp_path_factory: pytest.TempPathFactory) -> Location:
 def suits(small: Location, clicks: Location) -> Callable[[str], Location]:
     """METHOD -> the small dataset that it can learn from."""
     return lambda method: clicks if METHODS[method].clicks_only else small
+
+
+@pytest.fixture(scope="module")
+def _cluster() -> "Iterator[Nodes]":
+    from nodes import Nodes
+
+    made = Nodes()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def nodes(_cluster: "Nodes") -> "Nodes":
+    """A Ray cluster of two nodes of one CPU, every pair of workers on two of them; this process is its driver."""
+    _cluster.fill(2)
+    return _cluster

@@ -10,7 +10,7 @@ NOT_RUN = {
     "helm install": "a cluster to install into: test_k8s holds the manifests against this operator's schemas",
     "docker build": "a daemon, and gigabytes: test_k8s reads the Dockerfile",
     "kubectl": "an API server: test_k8s renders the overlays, test_emulated runs the jobs' entrypoints",
-    "s3://bucket": "a bucket: test_s3 runs these commands on a server of its own",
+    "--gpu": "a GPU: test_gpu does the same where there is one, test_devices on a pretended one",
     "python -m jobs.benchmark scaling": "five trainings, three of them clusters that start: test_scaling runs it",
     "python -m jobs.reproduce cmml-fig2": "18 processes that import torch, a minute: test_costs runs it",
 }

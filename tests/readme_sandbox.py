@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import s3server
 import yaml
 from emulation import head
 from readme_blocks import REPO, Block
@@ -44,7 +45,8 @@ class Sandbox:
 def sandbox(folder: Path, raw: Path, data: Path) -> Iterator[Sandbox]:
     """Make one in an empty folder, from the official layouts in `raw` and the other real files in `data`.
 
-    A Ray cluster is there, for those commands that would start one of their own: each start takes ten seconds.
+    A Ray cluster is there, for those commands that would start one of their own: each start takes ten seconds. Its
+    s3://bucket is that of a server on loopback.
     """
     for name in ("distmeta", "jobs", "tune", "k8s", "tests", "pyproject.toml"):
         if (REPO / name).exists():
@@ -76,8 +78,8 @@ def sandbox(folder: Path, raw: Path, data: Path) -> Iterator[Sandbox]:
         while not where.exists():
             assert server.poll() is None and time.monotonic() < end, log.read_text()  # noqa: PT018
             time.sleep(0.05)
-        with head(home, RAY_AUTH_MODE="disabled", RAY_worker_niceness="0") as cluster:
-            yield Sandbox(folder, {**env, "RAY_ADDRESS": cluster.gcs})
+        with head(home, RAY_AUTH_MODE="disabled", RAY_worker_niceness="0") as cluster, s3server.serve() as s3:
+            yield Sandbox(folder, {**env, **s3.env, "RAY_ADDRESS": cluster.gcs})
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)

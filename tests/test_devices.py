@@ -34,9 +34,12 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 def run(out: Location, place: Location, name: str, flags: dict[str, Any], **more: Any) -> dict[str, Tensor]:
     """The parameters of a run, that some methods' stops after an epoch and goes on, and what it predicts of tasks."""
-    for epochs in (1, 2) if name in RESUMED else (1,):
-        config, dataset, table = tiny.setting(place, name, **{**SMALL, **flags, **more, "epochs": epochs})
+    given = {**SMALL, **flags, **more}
+    if name in RESUMED:
+        config, dataset, table = tiny.setting(place, name, **given, epochs=1)
         trainer.train(config, out.make_dir(), dataset, place, table, None, lambda _: None)
+    config, dataset, table = tiny.setting(place, name, **given, epochs=1 + (name in RESUMED))
+    trainer.train(config, out.make_dir(), dataset, place, table, None, lambda _: None)
     found = assessment.assess(config, out, dataset, place, table).method.tasks
     told = found.select(pl.selectors.float()).fill_nan(0).fill_null(0).to_numpy()
     if name == "paml":  # of which a picture is drawn

@@ -1,12 +1,13 @@
 """Training on Ray workers: what the same number of workers trains without Ray, whoever is killed meanwhile."""
 
+import dataclasses
 import hashlib
 import json
 import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pytest
 import scenarioworld
 import tiny
-from nodes import Nodes, command
+from nodes import command
 
 from distmeta import cli
 from distmeta.data import protocols, taskmaker, tasktable
@@ -51,19 +52,6 @@ ALIKE |= {"constant", "itemmean", "bias", "itempop"}
 """They differ from melu, cmml-film or als in arithmetic alone, which test_parity has; a kill costs half a minute."""
 SHARING = [name for name in METHODS if method_class(name).memories is not Method.memories]
 """Methods whose tasks share a state."""
-
-
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
-    """Two nodes of one CPU: every pair of workers is on two of them."""
-    made = Nodes()
-    yield made
-    made.close()
-
-
-@pytest.fixture(autouse=True)
-def _two_nodes(nodes: Nodes) -> None:
-    nodes.fill(2)
 
 
 def argv(run: Path, place: Location, method: str, *flags: str) -> list[str]:
@@ -370,6 +358,18 @@ def test_dataset_that_workers_do_not_see(tmp_path, small, nodes, capfd):
         (place / "dataset.json").rename(tmp_path / "dataset.json")
     assert run.status == 2
     assert "does not see this dataset; put it on storage that all nodes share" in capfd.readouterr().err
+
+
+def test_tasks_that_a_node_does_not_see(tmp_path, small, nodes):
+    """Where Ray's tasks read for the workers; nodes with mounts of their own: test_emulated."""
+    from distmeta.parallel import delivery
+
+    _, dataset, table = tiny.setting(small, "melu")
+    elsewhere = dataclasses.replace(table, location=Location.of(tmp_path))
+    with pytest.raises(Exception, match="does not see") as caught:
+        delivery.materialise(elsewhere, dataset, 1 << 30, small=0)
+    said = delivery.sentence(caught.value)
+    assert re.fullmatch(rf"{tmp_path}: node \S+ does not see this task table; put .* nodes share", str(said))
 
 
 def test_diverged_run_is_not_tried_again(tmp_path, small, nodes, capfd):

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,6 @@ from distmeta import cli
 
 TRIALS, EPOCHS, GRACE = 4, 12, 4
 QUICK = ["--set", "melu:steps=1", "--set", "melu:batch-size=16", "--set", "melu:patience=0"]
-
-
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
-    """Two nodes of one CPU: room for two trials."""
-    made = Nodes()
-    yield made
-    made.close()
-
-
-@pytest.fixture(autouse=True)
-def _two_nodes(nodes: Nodes) -> None:
-    nodes.fill(2)
 
 
 def at_work(nodes: Nodes) -> list[int]:

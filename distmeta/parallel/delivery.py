@@ -140,12 +140,13 @@ def _bytes(table: TaskTable, dataset: dataset_schema.Dataset, split: str) -> int
 
 
 def sentence(e: BaseException | None) -> UserError | RunError | None:
-    """Our own sentence inside what Ray has wrapped around it, if there is one."""
+    """Our own sentence inside what Ray has wrapped around it and added to it, on further lines; if there is one."""
     while e is not None:
         inner = getattr(e, "cause", None)
         for candidate in (inner, e):
             if isinstance(candidate, UserError | RunError):
-                return (UserError if isinstance(candidate, UserError) else RunError)(str(inner or candidate))
+                said = str(inner or candidate).partition("\n")[0]
+                return (UserError if isinstance(candidate, UserError) else RunError)(said)
             if refused := remote.explained(candidate) if candidate else None:
                 return refused
         e = e.__cause__ or e.__context__

@@ -8,7 +8,7 @@ import pytest
 from distmeta import cli
 from distmeta.commands import scaling_runs
 from distmeta.errors import RunError
-from distmeta.parallel.update import cores
+from distmeta.process import cores
 
 
 def run(began: float, ended: float, seconds: float, rates: list[float]) -> Any:

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import math
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -60,8 +59,8 @@ def _train(asked: dict[str, Any], stored: Stored, report: Callable[[dict[str, An
         import ray
 
         raise UserError(
-            f"{run.parent}: node {ray.util.get_node_ip_address()} does not see it; choose an --out on storage that all"
-            " nodes share"
+            f"{run.parent}: node {ray.util.get_node_ip_address()} does not see this search; choose an --out on"
+            " storage that all nodes share"
         )
     _settle(config.train.threads)
     told, errors, seconds = 0, list[float](), 0.0
@@ -76,13 +75,7 @@ def _train(asked: dict[str, Any], stored: Stored, report: Callable[[dict[str, An
 
     for n in range(asked["seeds"]):  # after the first, one that was not stopped in it
         seeded = _seeded(config, n)
-        run = Location.of(seeded.train.run)
-        if run.is_local and not run.parent.is_dir():  # the search has made it
-            raise UserError(
-                f"{run.parent}: the node {platform.node()} does not see this search; choose an --out on storage that"
-                " all nodes share"
-            )
-        run.make_dir()
+        run = Location.of(seeded.train.run).make_dir()
         with _log(run) as log, _held(run, log):
             (run / "config.yaml").write_bytes(config_module.to_yaml(seeded).encode())
             done = _trained(seeded, run, stored, log, tell if n == 0 else lambda _: None)

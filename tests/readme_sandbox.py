@@ -74,7 +74,7 @@ def sandbox(folder: Path, raw: Path, data: Path) -> Iterator[Sandbox]:
             env=env, stdout=words, stderr=words, start_new_session=True,
         )  # fmt: skip
     try:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 240
         while not where.exists():
             assert server.poll() is None and time.monotonic() < end, log.read_text()  # noqa: PT018
             time.sleep(0.05)

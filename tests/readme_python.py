@@ -33,18 +33,13 @@ with socket.socket(socket.AF_UNIX) as server:
 def serve(where: str) -> None:
     """Answer clients until killed."""
     import distmeta.commands
+    import distmeta.evaluation
     import distmeta.methods
 
-    for package in (distmeta.commands, distmeta.methods):
+    for package in (distmeta.commands, distmeta.methods, distmeta.evaluation):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)
-    for name in (
-        "torch._inductor",
-        "polars",
-        "pyarrow.dataset",
-        "distmeta.parallel.trainer",
-        "distmeta.evaluation.evaluate",
-    ):
+    for name in ("torch._inductor", "polars", "pyarrow.dataset", "distmeta.parallel.trainer"):
         importlib.import_module(name)
     assert "ray" not in sys.modules, "its threads do not survive a fork"
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who answer

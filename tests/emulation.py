@@ -151,7 +151,8 @@ def head(home: Path, options: Sequence[str] = ("--num-cpus=2",), **extra: str) -
     Args:
         home: a folder of its own, for the token and the log. options: of `ray start`. extra: environment.
     """
-    env = environment(home, RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0", **extra)  # 30 s
+    settings = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0", "RAY_worker_niceness": "0", **extra}  # 30 s; 15
+    env = environment(home, **settings)
     gcs, api, client, agent = free_ports(4)
     short = tempfile.mkdtemp(prefix="dm")  # socket names below it may have 107 characters
     words = f"start --head --port={gcs} --dashboard-host=127.0.0.1 --dashboard-port={api} {_COMMON}"

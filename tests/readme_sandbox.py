@@ -78,7 +78,7 @@ def sandbox(folder: Path, raw: Path, data: Path) -> Iterator[Sandbox]:
         while not where.exists():
             assert server.poll() is None and time.monotonic() < end, log.read_text()  # noqa: PT018
             time.sleep(0.05)
-        with head(home, RAY_AUTH_MODE="disabled", RAY_worker_niceness="0") as cluster, s3server.serve() as s3:
+        with head(home, RAY_AUTH_MODE="disabled") as cluster, s3server.serve() as s3:
             yield Sandbox(folder, {**env, **s3.env, "RAY_ADDRESS": cluster.gcs})
     finally:
         with contextlib.suppress(ProcessLookupError):

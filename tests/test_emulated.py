@@ -232,7 +232,7 @@ def test_the_jobs_on_both_storages(tmp_path, monkeypatch):
 def test_a_path_that_one_node_does_not_see(small, tmp_path):
     hidden = tmp_path / "hidden"
     shutil.copytree(small.path, hidden / "data")
-    with head(tmp_path, ("--num-cpus=1",), RAY_AUTH_MODE="disabled", RAY_worker_niceness="0") as made:
+    with head(tmp_path, ("--num-cpus=1",), RAY_AUTH_MODE="disabled") as made:
         made.join(hidden=hidden)
         for data, run, what in ((small, hidden / "run", "run"), (hidden / "data", tmp_path / "run", "dataset")):
             words = ["-m", "jobs.train", "melu", "--data", str(data), "--run", str(run), "--workers", "2"]

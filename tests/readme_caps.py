@@ -12,7 +12,7 @@ NOT_RUN = {
     "kubectl": "an API server: test_k8s renders the overlays, test_emulated runs the jobs' entrypoints",
     "--gpu": "a GPU: test_gpu does the same where there is one, test_devices on a pretended one",
     "python -m jobs.benchmark scaling": "five trainings, three of them clusters that start: test_scaling runs it",
-    "python -m jobs.reproduce cmml-3 cmml-switches": "19 rows, a minute: test_reproduce_cmml plans them, and other tables are run",
+    "python -m jobs.reproduce cmml-3 cmml-switches": "19 rows, a minute: test_reproduce_cmml plans them",
     "python -m jobs.reproduce cmml-fig2": "18 processes that import torch, a minute: test_costs runs it",
 }
 """Phrase of a block that is only read, its command lines parsed -> why. One that begins with `python -m jobs` or `tune`

@@ -5,12 +5,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from filelock import FileLock
 from nodes import SETTINGS
+from xdist.scheduler import LoadScopeScheduling
 
 from distmeta.data.sources import movielens, synthetic
 from distmeta.methods import METHODS
@@ -19,16 +20,30 @@ from distmeta.storage import Location
 if TYPE_CHECKING:
     from nodes import Nodes
 
-LONGEST = ("test_ray", "test_emulated", "test_readme", "test_jobs", "test_scaling", "test_search_ray", "test_trialrun")
-"""Files to begin with. They start Ray clusters; a file is one process's, so that there is one a process at a time."""
+CLUSTERS = ("test_ray", "test_emulated", "test_jobs", "test_scaling", "test_search_ray")
+"""Files that start Ray clusters all the time: one after the other, in one process. Two at once take longer, as it is
+processes that start, and each of their time-outs would have to know of the other."""
 
 os.environ.update(SETTINGS)  # Ray reads them when it is imported, in whatever test comes first
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first: pytest-xdist hands files out in this order."""
-    rank = {name: k for k, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
+    """What takes longest first: pytest-xdist hands tests out in this order."""
+    first = (*CLUSTERS, "test_readme")
+    items.sort(key=lambda item: first.index(item.path.stem) if item.path.stem in first else len(first))
+
+
+class ByFile(LoadScopeScheduling):
+    """The tests of a file are one process's, whose module fixtures are made once; those of CLUSTERS are too."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return "clusters" if Path(file).stem in CLUSTERS else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    """pytest-xdist's own groups (`--dist loadgroup`) do nothing with pytest 9.2."""
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True)

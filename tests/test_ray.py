@@ -48,7 +48,7 @@ LONG = {
 """What makes training on the small dataset last for seconds, so that there is something to kill."""
 
 ALIKE = {"metasgd", "paml", "reg-paml", "transfer", "cmml-linear", "cmml-sigmoid", "cmml-softm"}
-ALIKE |= {"constant", "itemmean", "bias", "itempop"}
+ALIKE |= {"metacs", "constant", "itemmean", "bias", "itempop", "ials"}
 """They differ from melu, cmml-film or als in arithmetic alone, which test_parity has; a kill costs half a minute."""
 SHARING = [name for name in METHODS if method_class(name).memories is not Method.memories]
 """Methods whose tasks share a state."""
@@ -369,7 +369,7 @@ def test_tasks_that_a_node_does_not_see(tmp_path, small, nodes):
     with pytest.raises(Exception, match="does not see") as caught:
         delivery.materialise(elsewhere, dataset, 1 << 30, small=0)
     said = delivery.sentence(caught.value)
-    assert re.fullmatch(rf"{tmp_path}: node \S+ does not see this task table; put .* nodes share", str(said))
+    assert re.fullmatch(rf"{tmp_path}: the node \S+ does not see this task table; put .* nodes share", str(said))
 
 
 def test_diverged_run_is_not_tried_again(tmp_path, small, nodes, capfd):

@@ -157,13 +157,13 @@ import ray
 from distmeta.errors import UserError
 from distmeta.parallel import cluster, hosting
 
-ray.init("local", num_cpus=3, num_gpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
-assert [hosting.room(0, 1, share) for share in (0.0, 0.25, 0.5, 1.0)] == [3, 3, 2, 1]
+ray.init("local", num_cpus=6, num_gpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+assert [hosting.trials_now(0, 1, share) for share in (0.0, 0.25, 0.5, 1.0)] == [6, 4, 2, 1]
 with cluster.connected(1, 1, 0.25, 0), cluster.connected(1, 1, 1.0, 0):
     pass
 for needed, share in ((2, 1.0), (5, 0.25)):
     try:
-        with cluster.connected(needed, 0, share, 0, lambda _: None):
+        with cluster.connected(needed, 1, share, 0, lambda _: None):
             sys.exit("connected")
     except UserError as e:
         print(e)

@@ -53,12 +53,12 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
     for name, (_, least, _) in _FLAGS.items():
         if args[name] < least:
             raise UserError(f"benchmark scaling: --{name.replace('_', '-')} must be at least {least}")
-    if not args.get("data"):
-        raise UserError("benchmark scaling: give --data DATASET, made by `python -m jobs.prepare`")
     if args["workers"] % args["nodes"]:
         raise UserError(
             f"benchmark scaling: --workers {args['workers']} are not as many on each of {args['nodes']} nodes"
         )
+    if not args.get("data"):
+        raise UserError("benchmark scaling: give --data DATASET, made by `python -m jobs.prepare`")
     inner = {"steps": args["steps"]} if inner_steps(args["method"], "benchmark scaling") else {}
     names = {f.name for f in dataclasses.fields(DataOptions)}
     data = build(DataOptions, {k: v for k, v in args.items() if k in names}, "benchmark scaling", flags=True)

@@ -159,6 +159,15 @@ class TrainOptions:
         least=0,
         most=1,
     )
+    plateau: float = option(
+        1.0,
+        "Multiply the meta step size by this whenever --plateau-patience epochs in a row and one more had no better"
+        " validation error; 1: never.",
+        above=0,
+        most=1,
+    )
+    plateau_patience: int = option(2, "Epochs without a better validation error that --plateau waits for.", least=0)
+    lr_least: float = option(1e-6, "Step size that --plateau does not go below.", least=0)
     weight_decay: float = option(0.0, "Decoupled weight decay of the meta-update (AdamW).", least=0)
     clip: float = option(10.0, "Largest norm of a meta-gradient; 0 leaves it alone.", least=0)
     query_rows: int = option(

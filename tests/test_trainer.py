@@ -26,7 +26,7 @@ from distmeta.parallel.validation import read_metrics, validate
 from distmeta.storage import Location
 
 DATASET = Dataset("none", Label("rating", 1, 5), (), (Field("a", "categorical", 2),), 0, 20, 0)
-TIMES = {"seconds", "tasks_per_s", "wait_s", *(f"{p}_s" for p in PHASES)}
+TIMES = {"seconds", "tasks_per_s", "wait_s", "cpu_s", *(f"{p}_s" for p in PHASES)}
 WORKERS = {"world", "skew", "exchange_wait_s", "step_ms", "mean_s"}
 
 

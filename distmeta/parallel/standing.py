@@ -18,6 +18,10 @@ class Standing:
     best: float | None = None
     best_step: int | None = None
     stale: int = 0
+    waited: int = 0
+    """Epochs without a better error since the last one, or since the step size last shrank."""
+    shrunk: int = 0
+    """How often --plateau made the step size smaller."""
     seconds: float = 0.0
     """Of the epochs before this one."""
     loss: float = 0.0
@@ -34,18 +38,26 @@ class Standing:
         self.tasks += tasks
         self.groups = [a + b for a, b in zip(self.groups or [0] * len(groups), groups, strict=True)]
 
-    def judge(self, mae: float | None, step: int) -> None:
-        """An epoch ended at `step` with this validation error; none: there is nothing to validate with."""
+    def judge(self, mae: float | None, step: int, patience: int = 0) -> None:
+        """An epoch ended at `step` with this validation error; none: there is nothing to validate with.
+
+        Args:
+            patience: epochs without a better one that the step size stays as it is.
+        """
         if mae is None:
             self.best, self.best_step = None, step
         elif self.best is None or mae < self.best:
-            self.best, self.best_step, self.stale = mae, step, 0
+            self.best, self.best_step, self.stale, self.waited = mae, step, 0, 0
         else:
             self.stale += 1
+            self.waited += 1
+            if self.waited > patience:
+                self.waited, self.shrunk = 0, self.shrunk + 1
 
     def next(self) -> "Standing":
         """Where the next epoch begins."""
-        return Standing(self.best, self.best_step, self.stale, self.seconds + sum(self.phases.values()))
+        seconds = self.seconds + sum(self.phases.values())
+        return Standing(self.best, self.best_step, self.stale, self.waited, self.shrunk, seconds)
 
 
 def of_checkpoint(found: Checkpoint) -> Standing:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -176,9 +177,10 @@ class _Training:
         self.begun = False
         """There is a checkpoint."""
         self.keeper = Keeper(config, run, split_hash, exchange, self.fence)
-        self._begin(Standing())
-        self.history: list[dict[str, Any]] = []
         self.update = None if method.sweeps else MetaUpdate(method, self.options, exchange, tasks.epochs.mean)
+        self._begin(Standing())
+        self.cpu = time.process_time()
+        self.history: list[dict[str, Any]] = []
         self.words = Words(self.options.epochs, tasks.epochs, self.update is not None)
         self.stateful: dict[str, Stateful] = dict(method.shared)
         """What a checkpoint carries besides parameters and moments, by name."""
@@ -189,6 +191,8 @@ class _Training:
 
     def _begin(self, progress: Standing) -> None:
         self.progress, self.times = progress, Times(progress.phases)
+        if self.update:
+            self.update.shrunk = progress.shrunk
 
     def _caught_up(self) -> None:
         """Have all writes to shared memories applied; all workers come here."""
@@ -293,11 +297,11 @@ class _Training:
         with self.times.phase("validation"):
             clusters = self.survey.after(self.epoch) if self.survey else None
             if self.survey and self.survey.beginning:
-                state.best, state.stale = None, 0  # a common start is no result of clusters yet
+                state.best, state.stale, state.waited = None, 0, 0  # a common start is no result of clusters yet
             mae, mse = validate(self.method, self.valid.evaluation(), self.label, self.exchange, self.device)
         if self.valid.n_tasks and not math.isfinite(mae):
             raise Diverged(f"epoch {self.epoch + 1}: predictions for the validation tasks are not finite; {_DIVERGED}")
-        state.judge(mae if self.valid.n_tasks else None, self.step)
+        state.judge(mae if self.valid.n_tasks else None, self.step, self.options.plateau_patience)
         self._write_line(mae, mse, {"clusters": clusters} if clusters else {})
         over = self._over() is not None
         self.screen.line(self.words.summary(state, self.history[-1], over, self.times.learning()))
@@ -354,7 +358,8 @@ class _Training:
 
         `checkpoint_s` covers those written since the epoch began, the one at its end not included (it stands in the
         next one's, and in its first step's). Seconds are rank 0's, and of all launches that the epoch took;
-        `step_ms`, `exchange_wait_s` and `skew` are all workers', and of this launch (see `timing.together`).
+        `step_ms`, `exchange_wait_s` and `skew` are all workers', and of this launch (see `timing.together`), as `cpu_s`
+        is: rank 0's processor time since the line before, all its threads together.
         """
         state, learning = self.progress, self.times.learning()
         workers = together(self.exchange.gather(self.times.packed()))
@@ -370,11 +375,13 @@ class _Training:
             **({"valid_recall@10": 1 - mae, "valid_recall@50": 1 - mse} if ranked and math.isfinite(mae) else {}),
             "lr": self.update.rate(self.step - 1) if self.update else None,
             "wait_s": state.wait,
+            "cpu_s": -self.cpu + (now := time.process_time()),
             **{f"{k}_s": v for k, v in state.phases.items()},
             **workers,
             **clusters,
             **self._more(),
         }
+        self.cpu = now
         self.history.append(line)
         if self.driver:
             self.fence()

@@ -118,6 +118,8 @@ class MetaUpdate:
         """`steps`: meta-updates an epoch (the step size's cosine spans epochs · steps)."""
         self.method, self.options, self.exchange = method, options, exchange
         self.horizon = options.epochs * steps
+        self.shrunk = 0
+        """How often --plateau made the step size smaller."""
         self.params = {n: p for n, p in method.named_parameters() if p.requires_grad}
         self.counts = [0] * method.groups
         """Tasks of each group in the last update, over all workers."""
@@ -150,12 +152,13 @@ class MetaUpdate:
         )
 
     def rate(self, step: int) -> float:
-        """Step size of meta-update `step`: along a cosine from lr to lr · lr_decay over epochs · steps."""
-        o = self.options
-        if o.lr_decay == 1:
-            return o.lr
-        cosine = 0.5 * (1 + math.cos(math.pi * step / self.horizon))
-        return o.lr * (o.lr_decay + (1 - o.lr_decay) * cosine)
+        """Step size of meta-update `step`: along a cosine from lr to lr · lr_decay over epochs · steps, and smaller
+        by what --plateau made of it, down to lr_least."""
+        o, rate = self.options, self.options.lr
+        if o.lr_decay != 1:
+            cosine = 0.5 * (1 + math.cos(math.pi * step / self.horizon))
+            rate = o.lr * (o.lr_decay + (1 - o.lr_decay) * cosine)
+        return max(rate * o.plateau**self.shrunk, min(rate, o.lr_least)) if self.shrunk else rate
 
     def local(self, batch: TaskBatch, timed: Callable[[str], AbstractContextManager[None]] = _untimed) -> None:
         """Fill the buffer with this worker's sums over the tasks of `batch` (zeros where it has none).

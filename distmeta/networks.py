@@ -148,12 +148,12 @@ class Embedding(nn.Module):
         """Embed what the batch touches: each unique item once, each user once.
 
         Raises:
-            UserError: user ids are a feature and the tasks are users.
+            UserError: user ids are a feature, the tasks are users, and their blocks do not have them as a field.
         """
         x, bags = self.item_rows(batch.items)
         items = Unique(x)
         if batch.users is None:
-            if USER_ID in self.user_names:
+            if USER_ID in self.user_names and any(USER_ID not in block.user for block in batch):
                 raise UserError("--user-ids: the tasks are users, of whom new ones have no learned id; leave it out")
             return Encoded(self, items, bags)
         user_bags = {**batch.user_fields, USER_ID: Bag(batch.users.unsqueeze(1), None)}
@@ -213,6 +213,14 @@ class Encoded:
             return RowPlace(people, self._people_bags, rows.user), items
         with torch.no_grad() if detach else contextlib.nullcontext():
             return self._user_place(block), items
+
+    def items(self) -> Tensor:
+        """The batch's items embedded: [U, F · e]."""
+        return self._unique.x
+
+    def people(self) -> Tensor:
+        """The users of the batch's rows embedded, where tasks are scenarios: [V, F · e]."""
+        return self._unique.x[:0] if self._people is None else self._people.x
 
     def users(self, block: TaskBlock) -> Tensor:
         """Embedded fields of the block's users side by side: [b, F · e]; without fields [b, 0].

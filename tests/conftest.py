@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import scenarioworld
 import torch
 from filelock import FileLock
 from nodes import SETTINGS
@@ -112,9 +113,23 @@ def clicks(tmp_path_factory: pytest.TempPathFactory) -> Location:
 
 
 @pytest.fixture(scope="session")
-def suits(small: Location, clicks: Location) -> Callable[[str], Location]:
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Location:
+    """scenarioworld's ratings of movies with genres. Shared: add task tables to it, change nothing."""
+    where = tmp_path_factory.mktemp("data") / "scenes"
+    scenarioworld.make(where, themes=False)
+    return Location.of(where)
+
+
+@pytest.fixture(scope="session")
+def suits(small: Location, clicks: Location, scenes: Location) -> Callable[[str], Location]:
     """METHOD -> the small dataset that it can learn from."""
-    return lambda method: clicks if METHODS[method].clicks_only else small
+
+    def chosen(method: str) -> Location:
+        if not METHODS[method].users:
+            return scenes
+        return clicks if METHODS[method].clicks_only else small
+
+    return chosen
 
 
 @pytest.fixture(scope="module")

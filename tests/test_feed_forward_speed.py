@@ -14,12 +14,12 @@ def test_a_feed_forward_method_is_measured_once_beside_each_number_of_steps(smal
     rows = json.loads(file.read_text())
     assert [(r["variant"], r["steps"]) for r in rows] == [
         ("melu", "1 steps"),
-        ("cmml-film", "feed-forward"),
+        ("cmml-film", "no steps"),
         ("melu", "2 steps"),
     ]
     film, melu = rows[1], {r["steps"]: r["value"] for r in rows[::2]}
     assert film["ratio_to"] == {f"melu {k}": pytest.approx(film["value"] / v) for k, v in melu.items()}
-    assert "rows, feed-forward" in capsys.readouterr().out
+    assert "rows, no steps" in capsys.readouterr().out
 
 
 def test_a_closed_form_has_no_steps_to_measure(small, capsys):

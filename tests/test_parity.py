@@ -17,6 +17,8 @@ from distmeta.methods import METHODS, method_class
 from distmeta.methods.base import fit_closed_form
 from distmeta.methods.closedform import ClosedForm
 from distmeta.parallel import trainer
+from distmeta.parallel.preparing import prepare
+from distmeta.parallel.progress import Progress
 from distmeta.parallel.update import MetaUpdate, build_method
 from distmeta.storage import Location
 from distmeta.tasks import TaskBatch
@@ -28,6 +30,8 @@ def learned(place: Location, name: str, dtype: torch.dtype, steps: int, exchange
     """The parameters after `steps` meta-updates of batches of 24 tasks."""
     config, dataset, table = tiny.setting(place, name, batch_size=24)
     method = build_method(config, dataset, read_items(place, dataset), torch.device("cpu"), exchange).to(dtype)
+    if method.prepares:
+        prepare(method, table, dataset, exchange, Progress(lambda _: None))
     tasks = Loader(table, dataset, "train", 24, rank=exchange.rank, world=exchange.world)
     update = MetaUpdate(method, config.train, exchange, tasks.steps)
     for step, batch in zip(range(steps), tasks.epoch(0), strict=False):
@@ -70,17 +74,20 @@ def test_same_batches_same_update(suits, name, world):
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_same_batch_same_update_in_float32(small, name):
+def test_same_batch_same_update_in_float32(suits, name):
+    small = suits(name)
     one, two = (tiny.together(n, lambda e: learned(small, name, torch.float32, 1, e))[0].result() for n in (1, 2))
     assert_same(two, one, 1e-5)
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_elastic(tmp_path: Path, small, monkeypatch, name):
+def test_elastic(tmp_path: Path, suits, monkeypatch, name):
     """float64 1e-9 over 20 updates: begun by two workers, gone on with by one, then by three."""
     move = TaskBatch.to
     monkeypatch.setattr(TaskBatch, "to", lambda self, device, dtype=None: move(self, device, torch.float64))
     monkeypatch.setattr(trainer, "build_method", lambda *given: build_method(*given).double())
+
+    small = suits(name)
 
     def run(where: Path, world: int, epochs: int) -> trainer.Outcome:
         config, dataset, table = tiny.setting(small, name, batch_size=40, epochs=epochs)

@@ -39,11 +39,14 @@ def test_gradients_of_every_method_are_float32s_but_for_rounding(suits: Callable
         rounded, found = gradient(m, batch, "bf16")
         again, tf32 = gradient(m, batch, "tf32")
         assert torch.equal(again, losses) and torch.equal(tf32, exact), name  # noqa: PT018
-        assert not torch.equal(rounded, losses), name
+        # s²Meta's weights are each task's own from the start: nothing is multiplied with what all share
+        assert torch.equal(rounded, losses) == (name == "s2meta"), name
         assert found.dtype == rounded.dtype == torch.float32
         torch.testing.assert_close(rounded, losses, rtol=0.03, atol=0.03)
-        assert torch.cosine_similarity(found, exact, 0) > 0.999, name
-        assert (found - exact).norm() < 0.04 * exact.norm(), name
+        # of scenarios' hinges some are open in one precision and shut in the other
+        least, most = (0.99, 0.1) if world.table.scenarios else (0.999, 0.04)
+        assert torch.cosine_similarity(found, exact, 0) > least, name
+        assert (found - exact).norm() < most * exact.norm(), name
         doubled = [gradient(m.double(), batch.to(CPU, torch.float64), kind)[1] for kind in ("float32", "bf16")]
         assert torch.equal(*doubled), name  # float64 is never rounded
 

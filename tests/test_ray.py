@@ -48,7 +48,8 @@ LONG = {
 """What makes training on the small dataset last for seconds, so that there is something to kill."""
 
 ALIKE = {"metasgd", "paml", "reg-paml", "transfer", "cmml-linear", "cmml-sigmoid", "cmml-softm"}
-ALIKE |= {"metacs", "constant", "itemmean", "bias", "itempop", "ials"}
+ALIKE |= {"metacs", "constant", "itemmean", "bias", "itempop", "ials", "rum-item", "rum-feature", "conet"}
+ALIKE |= {"s2meta", "widedeep", "deepfm", "dcn", "dcn-f"}
 """They differ from melu, cmml-film or als in arithmetic alone, which test_parity has; a kill costs half a minute."""
 SHARING = [name for name in METHODS if method_class(name).memories is not Method.memories]
 """Methods whose tasks share a state."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scenarioworld
 import torch
 from torch import Tensor, nn
 
@@ -313,10 +314,16 @@ class Later(Servers):
         return answers
 
 
+SMALLER: dict[str, dict[str, Any]] = {"s2meta": {"embedding": 4, "hidden": (8,), "units": 4, "steps": 6}}
+"""Sizes of methods whose own would take a test too long."""
+
+
 def setting(place: Location, method: str, **flags: Any) -> tuple[Config, Dataset, TaskTable]:
     """What `trainer.train` wants, for the dataset at `place`."""
     small = {"data": str(place), "threads": 1, "batch_size": 16, "width": 16}
-    config = config_module.load(None, method, {**small, **flags})
+    if not METHODS[method].users:
+        small |= {**scenarioworld.SMALL, "protocol": "cmml-scenario", "scenario_draws": 6}
+    config = config_module.load(None, method, {**small, **SMALLER.get(method, {}), **flags})
     options = protocols.protocol_options(config.data)
     table = tasktable.make(place, config.data.protocol, config.data.split_seed, options)
     return config, table.seen(Dataset.open(place)), table

@@ -175,7 +175,52 @@ def _cmml(more: tuple[Parameter, ...], user: dict[str, Value], scenario: dict[st
     return Space((*_CONTEXT, *more), first, {**_USER, **user})
 
 
+_RUM = Space(
+    (
+        Float("lr", 1e-4, 1e-1),
+        Int("batch_size", 8, 128, log=True),
+        Choice("weight_decay", (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)),
+        Choice("embedding", (8, 16, 32, 64)),
+        Choice("width", (10, 20, 30, 40, 50)),
+        Choice("slots", (5, 10, 20, 50)),
+        Float("alpha", 0.0, 1.0, log=False),
+        Choice("labels", ("residual", "product", "none")),
+        Choice("biases", ("user", "item", "none")),
+        Int("steps", 0, 5),
+        Float("local_lr", 1e-2, 3.0),
+    ),
+    tuple(
+        First(
+            f"paper 003, A.2.2: K = 20, width {width}, α = {alpha}",
+            {"slots": 20, "width": width, "alpha": alpha, "lr": lr, "labels": "none", "biases": "none", "steps": 0},
+        )
+        for width, alpha, lr in ((50, 0.2, 1e-2), (20, 0.5, 1e-3))
+    ),
+)
+_CONET = Space(
+    (
+        Float("lr", 1e-4, 1e-2),
+        Int("batch_size", 8, 128, log=True),
+        Choice("weight_decay", (0.0, 1e-6, 1e-5, 1e-4)),
+        Choice("embedding", (8, 16, 32, 64)),
+        Choice("hidden", ("64 32", "64 32 16", "64 32 16 8", "128 64 32")),
+        Choice("source_items", (4, 16, 64)),
+        Float("source_weight", 0.01, 3.0),
+    ),
+    (First("Hu et al., CoNet: layers of 64, 32, 16 and 8", {"hidden": "64 32 16 8"}),),
+)
 _CMML = _cmml(_BACKBONE, {"hidden": "64 64"}, {"hidden": "64 64 64"})
+
+_TUNING = (
+    Int("steps", 0, 40),
+    Float("local_lr", 1e-4, 3e-2),
+    Float("tune_penalty", 0.3, 300.0),
+    Choice("tuned", ("all", "layers", "user")),
+)
+_JOINT = (*_UPDATE, *_NETWORK, Choice("user_ids", (False, True)), *_TUNING)
+_DCN = First("paper 002, §7.2.2: 3 cross layers, 64 64, 1e-3", {"lr": 1e-3, "weight_decay": 1e-5, "cross_layers": 3})
+_DCN_F = {"steps": 5, "local_lr": 2e-4, "tuned": "layers", "tune_penalty": 0.3}
+_CROSS = Int("cross_layers", 1, 6)
 
 SPACES: dict[str, Space] = {
     "melu": Space((*_MAML, *_RATES), (_MELU,)),
@@ -268,6 +313,29 @@ SPACES: dict[str, Space] = {
         {"module_layers": 2},
         {"module_layers": 3, "modules": 4, "module_width": 32},
     ),
+    "s2meta": Space(
+        (
+            Float("lr", 1e-4, 1e-2),
+            Int("batch_size", 1, 128, log=True),
+            _UPDATE[2],
+            Choice("plateau", (0.2, 0.5, 1.0)),
+            _NETWORK[0],
+            Choice("hidden", ("32 32", "64 64", "64 32 16", "128")),
+            Choice("steps", (5, 10, 20)),
+            Int("least_steps", 1, 5),
+            Choice("units", (8, 16, 32)),
+            Float("first_rate", 1e-2, 0.5),
+            Float("forget", 3.0, 8.0, log=False),
+            Choice("penalty", (0.0, 1e-4, 1e-3)),
+        ),
+        (
+            First(
+                "its code, MovieLens: 64 32 16, 4 to 20 steps, Adam 1e-4",
+                {"lr": 1e-4, "batch_size": 1, "weight_decay": 1e-5, "plateau": 0.2, "hidden": "64 32 16"}
+                | {"steps": 20, "least_steps": 4, "units": 16, "first_rate": 0.5, "forget": 5.0, "penalty": 0.0},
+            ),
+        ),
+    ),
     "transfer": Space(
         (
             *_UPDATE,
@@ -278,6 +346,17 @@ SPACES: dict[str, Space] = {
             _LOSS,
         )
     ),
+    "widedeep": Space((*_JOINT, Choice("crosses", (0, 16, 64, 256)))),
+    "deepfm": Space(_JOINT),
+    "dcn": Space((*_JOINT, _CROSS), (_DCN,)),
+    "dcn-f": Space(
+        (*_JOINT, _CROSS),
+        (First("paper 002, §7.2.2: five steps of 2e-4 besides", {**_DCN.values, **_DCN_F}),),
+    ),
+    "rum-item": _RUM,
+    "rum-feature": _RUM,
+    "conet": _CONET,
+    "itempop": Space((Choice("counts", ("auto", "global")),)),
     "itemmean": Space((Float("shrink", 0.1, 100.0),)),
     "bias": Space((Float("shrink", 0.1, 100.0), Float("shrink_user", 0.1, 100.0), Int("passes", 2, 12))),
     "als": Space((Int("factors", 1, 64, log=True), Float("penalty", 0.5, 100.0), Int("passes", 4, 30))),

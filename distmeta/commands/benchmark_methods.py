@@ -4,7 +4,7 @@ import dataclasses
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distmeta.cli import Parser
 from distmeta.commands import train
@@ -14,6 +14,10 @@ from distmeta.errors import UserError
 from distmeta.fields import add_flags, build
 from distmeta.methods import entry
 from distmeta.storage import Location
+
+if TYPE_CHECKING:
+    from distmeta.data.schema import Dataset
+    from distmeta.data.tasktable import TaskTable
 
 _TAKEN = ("data", "steps", "patience", "epochs", "batch-size", "threads", "run", "resume", "retried", "workers")
 """Flags of `train` that the benchmark itself sets."""
@@ -31,10 +35,11 @@ def main(argv: Sequence[str]) -> list[dict[str, Any]]:
     parser = Parser(
         prog="benchmark methods",
         description="Trains each method for some epochs with the real loop (prefetch, meta-update, validation,"
-        " checkpoints) and gives the median users a second of the epochs after the first, validation and checkpoints"
-        " left out, and the share of that time spent waiting for input. With --rounds the methods take turns, and each"
-        " is compared with the first of them by the median of the rounds' ratios. A feed-forward method, which has no"
-        " inner steps, is measured once whatever --steps says, and compared with the first at each of them.",
+        " checkpoints) and gives the median tasks a second (and their rows, of support and query) of the epochs after"
+        " the first, validation and checkpoints left out, and the share of that time spent waiting for input. With"
+        " --rounds the methods take turns, and each is compared with the first of them by the median of the rounds'"
+        " ratios. A feed-forward method, which has no inner steps, is measured once whatever --steps says, and compared"
+        " with the first at each of them.",
     )
     add_flags(parser, DataOptions, "data")
     group = parser.add_argument_group("measurement")
@@ -98,7 +103,7 @@ def _firsts(mine: dict[str, Any], turns: Sequence[Turns]) -> dict[str, Turns]:
 
 def _median(turns: Turns, others: Mapping[str, Turns]) -> dict[str, Any]:
     """One row of a case's rounds, beside the same rounds of others."""
-    middle = {k: statistics.median(turn[k] for turn in turns) for k in ("value", "input_share")}
+    middle = {k: statistics.median(turn[k] for turn in turns) for k in ("value", "rows_per_s", "input_share")}
     ratios = {
         name: statistics.median(mine["value"] / other["value"] for mine, other in zip(turns, theirs, strict=True))
         for name, theirs in others.items()
@@ -108,7 +113,8 @@ def _median(turns: Turns, others: Mapping[str, Turns]) -> dict[str, Any]:
 
 def _show(r: dict[str, Any]) -> dict[str, Any]:
     ratio = "".join(f"  {value:.2f} of {other}" for other, value in r["ratio_to"].items())
-    print(f"{r['case']:<44} {r['variant']:<12} {r['value']:>8,.0f} {r['unit']}  input {r['input_share']:.1%}{ratio}")
+    speed = f"{r['value']:>8,.0f} {r['unit']} {r['rows_per_s']:>9,.0f} rows/s"
+    print(f"{r['case']:<44} {r['variant']:<12} {speed}  input {r['input_share']:.1%}{ratio}")
     return r
 
 
@@ -127,17 +133,32 @@ def _measure(config: Config) -> dict[str, Any]:
         trainer.train(config, run, dataset, place, table, log=lambda line: None)
         lines = read_metrics(run)[1:]
     train, steps = table.counts["train"], told_steps(config)
+    speed = statistics.median(line["tasks_per_s"] for line in lines)
     return {
         "benchmark": "methods",
         "case": f"{dataset.name} {config.data.protocol} {train['rows'] / train['tasks']:.0f} rows, {steps}",
         "variant": config.method,
         "steps": steps,
-        "value": statistics.median(line["tasks_per_s"] for line in lines),
+        "value": speed,
         "unit": "tasks/s",
+        "rows_per_s": speed * _rows_a_task(config, table, dataset),
         "ratio_to": {},
         "batch_size": config.train.batch_size,
         "input_share": statistics.median(_input_share(line) for line in lines),
     }
+
+
+def _rows_a_task(config: Config, table: "TaskTable", dataset: "Dataset") -> float:
+    """Support and query rows that training sees of a task in an epoch: the mean over tasks."""
+    from distmeta.data.loader import Loader
+
+    o, rows, seen = config.train, 0, 0
+    drawn = dataclasses.replace(table, query_rows=o.query_rows or table.query_rows)
+    tasks = Loader(drawn, dataset, "train", o.batch_size, redraw=o.redraw_query)
+    for batch in tasks.epoch(0):
+        seen += len(batch)
+        rows += sum(int(side.mask.sum()) for block in batch for side in (block.support, block.query))
+    return rows / seen
 
 
 def _input_share(line: dict[str, Any]) -> float:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from distmeta.config import Config, DataOptions, TrainOptions
@@ -45,22 +45,51 @@ class Setting:
         return method in named or self.flag.removeprefix("no-") in flags_of(method)
 
 
+EVERY = "*"
+"""The key of a table's flags that are every row's."""
+
+
+def of_flags(flags: Mapping[str, Sequence[str]]) -> list[Setting]:
+    """A table's own flags (`PaperTable.flags`) as settings, the widest first: `*`, METHOD, DATASET, DATASET/METHOD."""
+    found = []
+    for key in sorted(flags, key=lambda k: (k != EVERY, "/" in k, k not in METHODS)):
+        starts = [i for i, word in enumerate(flags[key]) if word.startswith("--")]
+        for start, end in zip(starts, [*starts[1:], len(flags[key])], strict=True):
+            flag, *values = flags[key][start:end]
+            text = flag.removeprefix("--") + ("=" + ",".join(values) if values else "")
+            where = () if key == EVERY else tuple(key.split("/"))
+            found.append(
+                Setting(where, flag.removeprefix("--"), tuple(values), ("" if not where else f"{key}:") + text)
+            )
+    return found
+
+
+def told(settings: Sequence[Setting]) -> list[str]:
+    """The settings in words, as --set takes them, without those that a later one of the same flag overrides."""
+    found: list[Setting] = []
+    for s in settings:
+        flag, where = s.flag.removeprefix("no-"), set(s.where)
+        found = [f for f in found if f.flag.removeprefix("no-") != flag or not where <= set(f.where)] + [s]
+    heads = ["/".join(s.where) + ":" * bool(s.where) + s.flag for s in found]
+    return [head + ("=" + ",".join(s.values) if s.values else "") for head, s in zip(heads, found, strict=True)]
+
+
 def inner_steps(method: str, command: str) -> bool:
-    """Whether the method has inner steps; a feed-forward one has none.
+    """Whether the method has inner steps; a feed-forward one has none, nor one that does not adapt.
 
     Raises:
-        UserError: it is neither: it has a closed form, of which there are no steps to measure.
+        UserError: it has a closed form, of which there are no steps to measure.
     """
     own = entry(method)
-    if not own.inner_steps and not own.feed_forward:
-        able = " ".join(name for name, e in METHODS.items() if e.inner_steps or e.feed_forward)
+    if own.closed_form:
+        able = " ".join(name for name, e in METHODS.items() if not e.closed_form)
         raise UserError(f"{command}: {method} has a closed form, without steps to measure; methods that have: {able}")
     return own.inner_steps
 
 
 def told_steps(config: Config) -> str:
-    """What a benchmark's case says of the method's adaptation: `5 steps` or `feed-forward`."""
-    return f"{config.method_options.steps} steps" if entry(config.method).inner_steps else "feed-forward"
+    """What a benchmark's case says of the method's adaptation: `5 steps` or `no steps`."""
+    return f"{config.method_options.steps} steps" if entry(config.method).inner_steps else "no steps"
 
 
 def flags_of(method: str) -> set[str]:

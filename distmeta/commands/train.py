@@ -84,6 +84,11 @@ def opened(config: Config, place: Location) -> tuple["Dataset", "TaskTable"]:
             f"{config.method} learns users and the tasks of protocol {table.protocol} are scenarios; choose a protocol"
             " of users, or one of the cmml methods"
         )
+    if not table.scenarios and not entry(config.method).users:
+        raise UserError(
+            f"{config.method} learns scenarios and the tasks of protocol {table.protocol} are users; give --protocol"
+            " cmml-scenario"
+        )
     dataset = table.seen(dataset)
     dataset.without(config.data.leave_out)  # names a field that it has not before there is a run
     return dataset, table

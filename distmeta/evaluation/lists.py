@@ -21,6 +21,7 @@ from distmeta.data.tasktable import TaskTable
 from distmeta.evaluation.measured import ErrorHistogram, Measured
 from distmeta.evaluation.metrics import RECALL_CUTOFFS, recall
 from distmeta.exchange import Exchange
+from distmeta.methods.itempop import times_taken, took
 from distmeta.tasks import TaskBatch, TaskBlock
 
 METRICS = tuple(f"recall@{n}" for n in RECALL_CUTOFFS)
@@ -89,13 +90,7 @@ def measure(score: Score, loader: Loader, dataset: Dataset, split: str, device: 
 
 def support_popularity(batch: TaskBatch) -> list[Tensor]:
     """How many support rows of the scenario are positives of the item."""
-    scores = []
-    for block in batch:
-        side = block.support
-        counts = side.label.new_zeros(len(block.task), len(batch.items))
-        counts.scatter_add_(1, side.item, (side.mask & (side.label > 0)).to(counts))
-        scores.append(counts.gather(1, block.query.item))
-    return scores
+    return [times_taken(took(b.support, batch.items), batch.items[b.query.item]) for b in batch]
 
 
 def train_popularity(table: TaskTable, dataset: Dataset, exchange: Exchange) -> Score:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from distmeta.evaluation import pareto
 from distmeta.evaluation.charts import finite
 
 Value = float | int | str | bool
@@ -151,17 +152,11 @@ def shown(value: Value) -> str:
 def front(trials: Sequence[Trial]) -> list[Trial]:
     """Complete trials than which no other is at once as good, as fast, and better in one; the fastest first."""
     able = [
-        (t.seconds, t.value, t.number, t)
-        for t in trials
+        (t.seconds, t.value, t)
+        for t in sorted(trials, key=lambda t: t.number)
         if t.state == COMPLETE and finite(t.value) and finite(t.seconds)
     ]
-    found: list[Trial] = []
-    last = (math.inf, math.inf)
-    for seconds, value, _, t in sorted(able, key=lambda each: each[:3]):
-        if value < last[1] or (seconds, value) == last:
-            last = seconds, value
-            found.append(t)
-    return found
+    return [able[i][2] for i in pareto.front([(seconds, value) for seconds, value, _ in able])]
 
 
 def so_far(trials: Sequence[Trial]) -> list[tuple[int, float]]:

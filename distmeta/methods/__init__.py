@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from distmeta.errors import UserError
 from distmeta.fields import nearest
-from distmeta.methods import options
+from distmeta.methods import options, plain_options
 
 if TYPE_CHECKING:
     from distmeta.methods.base import Method
@@ -25,8 +25,12 @@ class Entry:
     """It refuses ratings."""
     scenarios: bool = False
     """It learns tasks that are scenarios too."""
+    users: bool = True
+    """It learns tasks that are users."""
     feed_forward: bool = False
-    """It adapts in one forward pass, without inner steps."""
+    """It adapts in one forward pass, without inner steps, and can be exported as one graph."""
+    closed_form: bool = False
+    """It is solved, not learned by gradient."""
 
     @property
     def inner_steps(self) -> bool:
@@ -38,6 +42,11 @@ GRADIENT = {"lr": 2e-3, "batch_size": 32}
 """Measured on MovieLens 1M (README): small batches, and a larger step than Adam's usual one."""
 CONTEXT = {"lr": 3e-3, "batch_size": 32, "weight_decay": 1e-5}
 """CMML's batches and weight decay (paper 002, §7.2.2, and its code, whose step of 3e-4 is too small for few epochs)."""
+MEMORY = {"lr": 1e-3, "batch_size": 32, "weight_decay": 0.1}
+"""RUM's, measured on MovieLens 1M: with larger steps or less decay it soon learns its users by heart."""
+
+JOINT = {"lr": 2e-3, "batch_size": 64, "weight_decay": 1e-5}
+"""Of the recommenders that are trained jointly."""
 
 METHODS: dict[str, Entry] = {
     "melu": Entry("melu", "MeLU", options.MeLU, GRADIENT),
@@ -53,12 +62,20 @@ METHODS: dict[str, Entry] = {
     "cmml-film": Entry("cmml", "CMMLFilm", options.CMMLFilm, CONTEXT, scenarios=True, feed_forward=True),
     "cmml-softm": Entry("cmml", "CMMLSoftM", options.CMMLSoftM, CONTEXT, scenarios=True, feed_forward=True),
     "transfer": Entry("transfer", "Transfer", options.Transfer, GRADIENT),
-    "constant": Entry("constant", "Constant", options.Constant),
-    "itemmean": Entry("itemmean", "ItemMean", options.ItemMean),
-    "bias": Entry("bias", "Bias", options.Bias),
-    "als": Entry("als", "Als", options.Als),
-    "itempop": Entry("itempop", "ItemPop", options.ItemPop, clicks_only=True),
-    "ials": Entry("ials", "IALS", options.IALS, clicks_only=True),
+    "s2meta": Entry("s2meta", "S2Meta", options.S2Meta, GRADIENT | {"plateau": 0.2}, scenarios=True),
+    "widedeep": Entry("widedeep", "WideDeep", plain_options.WideDeep, JOINT, scenarios=True),
+    "deepfm": Entry("deepfm", "DeepFM", plain_options.DeepFM, JOINT, scenarios=True),
+    "dcn": Entry("dcn", "DCN", plain_options.DCN, JOINT, scenarios=True),
+    "dcn-f": Entry("dcn", "DCNF", plain_options.DCNF, JOINT, scenarios=True),
+    "rum-item": Entry("rum", "RUMItem", plain_options.RUMItem, MEMORY),
+    "rum-feature": Entry("rum", "RUMFeature", plain_options.RUMFeature, MEMORY),
+    "conet": Entry("conet", "CoNet", plain_options.CoNet, CONTEXT, scenarios=True, users=False),
+    "constant": Entry("constant", "Constant", options.Constant, closed_form=True),
+    "itemmean": Entry("itemmean", "ItemMean", options.ItemMean, closed_form=True),
+    "bias": Entry("bias", "Bias", options.Bias, closed_form=True),
+    "als": Entry("als", "Als", options.Als, closed_form=True),
+    "itempop": Entry("itempop", "ItemPop", options.ItemPop, clicks_only=True, scenarios=True, closed_form=True),
+    "ials": Entry("ials", "IALS", options.IALS, clicks_only=True, closed_form=True),
 }
 
 FLOORS = {"rating": ("constant", "itemmean", "bias", "als"), "click": ("constant", "itemmean", "itempop", "ials")}

@@ -12,7 +12,8 @@ says how many, `grouped()` which parameters, `grouped_loss(batch)` whose set eac
 averaged over its own tasks, and one that no task used stays as it is.
 
 What it learns before its first task (vectors of users and items, say), it takes from the training positives: it
-`prepares`, and `prepare(user, item)` is called once for all workers, who are given the parameters it came to.
+`prepares`, and `prepare(user, item)` is called once for all workers, who are given the parameters it came to. One that
+`surveys` is told before what surrounds the scenarios.
 
 It may also read and write state that the tasks of all workers share: `memories()` declares it, `self.shared` holds
 what it is reached through, `write()` hands over what a step's tasks wrote.
@@ -29,6 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from distmeta.data.domains import Surroundings
 from distmeta.data.schema import Dataset
 from distmeta.memory.base import Memory, Shared
 from distmeta.tasks import Bag, TaskBatch
@@ -50,6 +52,8 @@ class Method(nn.Module, ABC):
     """Number of gradient groups (clusters of tasks)."""
     prepares: bool = False
     """Whether `prepare` is to be called before training begins."""
+    surveys: bool = False
+    """Whether `survey` is to be called before `prepare`."""
     summed: bool = False
     """Whether a group's set takes the sum over its tasks and not their mean."""
 
@@ -63,6 +67,10 @@ class Method(nn.Module, ABC):
     def memories(self) -> dict[str, Memory]:
         """The states that all workers share, empty, by name."""
         return {}
+
+    def survey(self, around: Surroundings) -> None:
+        """Take note of what surrounds the scenarios, in the process where `prepare` is called next."""
+        raise TypeError(f"{self.name} does not ask what surrounds the scenarios")
 
     def prepare(self, user: NDArray[np.int64], item: NDArray[np.int64]) -> Iterator[str]:
         """Set the parameters that are learned beforehand from the training positives (user, item), each pair once, by

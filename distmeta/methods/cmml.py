@@ -13,23 +13,19 @@ case but --query-loss cross-entropy. Their users and items may bring vectors of 
 --hidden-support hides.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distmeta import draws
 from distmeta.adaptation.features import Features
 from distmeta.data.schema import Dataset
 from distmeta.methods import modulation, options
-from distmeta.methods.base import Method
 from distmeta.methods.contexts import Hybrid, Label, encoder
-from distmeta.methods.heads import RANKING, Head, chosen
-from distmeta.methods.pretrained import learn
+from distmeta.methods.heads import Heads
+from distmeta.methods.pretrained import WithVectors
 from distmeta.networks import Embedding, Encoded
 from distmeta.tasks import Bag, Rows, TaskBatch, TaskBlock
 
@@ -50,7 +46,7 @@ def sized(given: options.CMML) -> options.CMML:
     return o
 
 
-class CMML(Method):
+class CMML(WithVectors):
     """What the four variants share: everything but the modulation."""
 
     modulated: ClassVar[type[modulation.Backbone]]
@@ -59,31 +55,19 @@ class CMML(Method):
     def __init__(self, options: Any, dataset: Dataset, items: dict[str, Bag]) -> None:
         o = sized(options)
         super().__init__(o, dataset, items)
-        self.head = chosen(dataset, o.query_loss)
-        self.ranking = self.head if o.query_loss == "cross-entropy" else RANKING
-        vectors = o.pretrained_width if o.pretrained != "none" else 0
+        self.heads = Heads(dataset, o.query_loss)
+        vectors = self.vector_width(o)
         self.embedding = Embedding(
             dataset, items, o.embedding, o.item_ids, o.user_ids, o.embedding_std, vectors, o.id_buckets
         )
-        self.prepares = bool(vectors)
-        for table in self._vectors():
-            table.requires_grad_(not o.pretrained_frozen)
+        self.expect_vectors()
         d = self.embedding.user_width + self.embedding.item_width
         self.label = Label(dataset.label, o.labels, d)
         self.encoder = encoder(o.encoder, d + self.label.width, o.units, o.encoder_hidden, d)
         self.nothing = nn.Parameter(0.1 * torch.randn(d))
         """The context of a task without support."""
         self.hybrid = Hybrid(o.hybrid, d)
-        self.backbone = self.modulated(d, o, self.head.start)
-
-    def _vectors(self) -> list[Tensor]:
-        """The tables of users and of items that are learned before training, where they are wanted."""
-        e = self.embedding
-        return [t.weight for t in (e.user_vectors, e.item_vectors) if t is not None]
-
-    def prepare(self, user: NDArray[np.int64], item: NDArray[np.int64]) -> Iterator[str]:
-        users, items = self._vectors()
-        return learn(self.options.pretrained, user, item, (users, items))
+        self.backbone = self.modulated(d, o, self.heads.users.start)
 
     def context(self, block: TaskBlock, encoded: Encoded, hidden: Tensor | None = None) -> Tensor:
         """C [b, d] of the block's tasks from their support; without it where `hidden` (bool [b])."""
@@ -110,7 +94,7 @@ class CMML(Method):
         losses = []
         for block in batch:
             context = self.context(block, encoded, self._hidden(batch, block))
-            losses.append(self.head_of(block).error(self.outputs(block, encoded, context), block.query))
+            losses.append(self.heads.of(block).error(self.outputs(block, encoded, context), block.query))
         return torch.cat(losses) if losses else next(self.parameters()).new_zeros(0)
 
     @torch.no_grad()
@@ -123,15 +107,11 @@ class CMML(Method):
     def predict(self, state: list[Tensor], batch: TaskBatch) -> list[Tensor]:
         encoded = self.embedding.encode(batch)
         pairs = zip(state, batch, strict=True)
-        return [self.head_of(block).score(self.outputs(block, encoded, context)) for context, block in pairs]
+        return [self.heads.of(block).score(self.outputs(block, encoded, context)) for context, block in pairs]
 
     def traits(self, state: list[Tensor], batch: TaskBatch) -> dict[str, list[Tensor]]:
         """The context [b, d] of each task (paper 002, Figure 3)."""
         return {"context": state}
-
-    def head_of(self, block: TaskBlock) -> Head:
-        """What the outputs stand for: scenarios' rows are positives and negatives whatever the dataset's labels."""
-        return self.head if block.query.user is None else self.ranking
 
     def _hidden(self, batch: TaskBatch, block: TaskBlock) -> Tensor | None:
         """bool [b]: whose support is hidden this epoch."""

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from distmeta.adaptation.inner import cross_entropy, cross_entropy_delta, squared_error, squared_error_delta
 from distmeta.data.schema import Dataset, Label
 from distmeta.errors import UserError
-from distmeta.tasks import Rows
+from distmeta.tasks import Rows, TaskBlock
 
 
 def absolute_error(prediction: Tensor, rows: Rows) -> Tensor:
@@ -99,6 +99,22 @@ def _pairs(rows: Rows, dtype: torch.dtype) -> Tensor:
 
 RANKING = Head(hinge, hinge_delta, lambda output: torch.sigmoid(output.double()), 0.0)
 """To rank by. What is predicted is no probability; in double precision, so that large outputs keep their order."""
+
+
+class Heads:
+    """What the outputs stand for, by what the tasks are.
+
+    Args:
+        query_loss: as `chosen` takes it.
+    """
+
+    def __init__(self, dataset: Dataset, query_loss: str) -> None:
+        self.users = chosen(dataset, query_loss)
+        self.scenarios = self.users if query_loss == "cross-entropy" else RANKING
+        """Their rows are positives and negatives whatever the dataset's labels."""
+
+    def of(self, block: TaskBlock) -> Head:
+        return self.users if block.query.user is None else self.scenarios
 
 
 def classes(label: Label, query_loss: str) -> Head:

@@ -38,7 +38,15 @@ class Als:
 
 @dataclass(frozen=True)
 class ItemPop:
-    """For clicks: a probability from how many training users clicked on the item."""
+    """For clicks: a probability from how many training users clicked on the item; of scenarios, what the support took
+    most often."""
+
+    counts: str = option(
+        "auto",
+        "Whose clicks on an item are counted: of a scenario its support's (support; paper 002), or all training"
+        " scenarios' together (global); auto: users' tasks global, scenarios support.",
+        ("auto", "support", "global"),
+    )
 
 
 @dataclass(frozen=True)
@@ -315,6 +323,48 @@ class CMMLSoftM(CMML):
     module_width: int = option(32, "Units of a module.", least=1)
     module_layers: int = option(
         0, "Layers of modules; 0: as many as the backbone has hidden layers (--sizes user 2, else 3).", least=0
+    )
+
+
+@dataclass(frozen=True)
+class S2Meta:
+    """Learns where tasks begin, a step size and a decay for every coordinate, and when to stop."""
+
+    embedding: int = option(32, "Width of a field's embedding.", least=1)
+    embedding_std: float = option(0.1, "Standard deviation that the embeddings start with.", above=0)
+    item_ids: bool = option(False, "Use the item's id as a feature too.")
+    id_buckets: int = option(
+        0,
+        "Use the item's id hashed to one of N embeddings, where an embedding for each item would be too many; 0: no.",
+        least=0,
+    )
+    user_ids: bool = option(False, "Scenarios: use the user's id as a feature too.")
+    pretrained: str = option(
+        "none",
+        "Scenarios: vectors of users and items as features too, learned beforehand from the training scenarios'"
+        " positives (but for pairs that validation and test ask about) by collaborative filtering: implicit ALS, or"
+        " BPR.",
+        ("none", "als", "bpr"),
+    )
+    pretrained_width: int = option(128, "Width of these vectors.", least=1)
+    pretrained_frozen: bool = option(True, "Leave these vectors as they are, as the paper does; else they are learned.")
+    hidden: tuple[int, ...] = option(
+        (64, 32, 16), "Widths of the hidden layers, all of which adapt; these are its code's for MovieLens.", least=1
+    )
+    steps: int = option(20, "Inner steps at most.", least=0)
+    least_steps: int = option(4, "Inner steps before the stop controller has a say (or --steps, if fewer).", least=0)
+    units: int = option(16, "Units of each gate's LSTM.", least=1)
+    layer_norm: bool = option(True, "Normalise the state of each gate's LSTM.")
+    first_rate: float = option(
+        0.1, "Step size that the input gates begin near; the authors' code begins near .5.", above=0, most=0.99
+    )
+    forget: float = option(5.0, "What the forget gates' biases begin at: 5 keeps 99.3 % of a coordinate a step.")
+    penalty: float = option(0.0, "What each further step costs the stop controller.", least=0)
+    query_loss: str = option(
+        "auto",
+        "Query loss: of ratings squared (auto) or absolute (the support's is squared), of clicks cross-entropy (auto)"
+        " or hinge, which is also auto of scenarios: each positive row against the negative ones of the same user.",
+        ("auto", "squared", "absolute", "cross-entropy", "hinge"),
     )
 
 

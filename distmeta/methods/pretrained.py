@@ -11,6 +11,7 @@ has the mean of the others', so that items are to it what they are to everybody.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,9 @@ from torch import Tensor
 from distmeta import draws
 from distmeta.data.absent import Taken
 from distmeta.data.collate import block_bounds, spans
+from distmeta.methods.base import Method
 from distmeta.methods.ials import folded
+from distmeta.networks import Embedding
 
 Ints = NDArray[np.int64]
 
@@ -152,6 +155,33 @@ def learn(kind: str, user: Ints, item: Ints, into: tuple[Tensor, Tensor]) -> Ite
         if table is into[0]:
             table += scaled.mean(0).to(table)
         table[torch.from_numpy(rows)] = scaled.to(table)
+
+
+class WithVectors(Method):
+    """A method whose `embedding` may have vectors of users and items that are learned before training; its options
+    are `pretrained` (none, als, bpr), `pretrained_width` and `pretrained_frozen`."""
+
+    embedding: Embedding
+
+    @staticmethod
+    def vector_width(options: Any) -> int:
+        """Width of the vectors; 0 where there are none."""
+        return options.pretrained_width if options.pretrained != "none" else 0
+
+    def expect_vectors(self) -> None:
+        """Have `prepare` called where there are vectors; called once, after `embedding` is there."""
+        self.prepares = bool(self._vectors())
+        for table in self._vectors():
+            table.requires_grad_(not self.options.pretrained_frozen)
+
+    def _vectors(self) -> list[Tensor]:
+        """The tables of users and of items."""
+        e = self.embedding
+        return [t.weight for t in (e.user_vectors, e.item_vectors) if t is not None]
+
+    def prepare(self, user: Ints, item: Ints) -> Iterator[str]:
+        users, items = self._vectors()
+        return learn(self.options.pretrained, user, item, (users, items))
 
 
 def _normal(n: int, width: int, purpose: str) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
+from distmeta.data.domains import surroundings
 from distmeta.data.scenarios import unasked_pairs
 from distmeta.data.schema import Dataset
 from distmeta.data.tasktable import TaskTable
@@ -27,11 +28,15 @@ def prepare(method: Method, table: TaskTable, dataset: Dataset, exchange: Exchan
         UserError: the tasks are no scenarios; what the method raises.
     """
     began = time.monotonic()
+    if not table.scenarios and method.sweeps:
+        return  # it has the sums over the users' tasks
     if not table.scenarios:
         raise UserError("--pretrained: the vectors are of scenarios' users and items; give --protocol cmml-scenario")
     user, item = unasked_pairs(table, dataset, exchange)
     if not len(user):
         raise UserError(f"{table.location}: the training scenarios have no positives for --pretrained; leave it out")
+    if method.surveys and exchange.rank == 0:
+        method.survey(surroundings(table))
     work = method.prepare(user, item) if exchange.rank == 0 else iter(())
     last = ""
     while said := exchange.gather(_meanwhile(work).encode())[0].decode():

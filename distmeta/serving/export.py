@@ -91,7 +91,7 @@ class Served(nn.Module):
         known = batch(support_item, Rows(_places(support_item), support_label, support_mask, support_user))
         unknown = torch.zeros_like(candidate)  # of candidates the items alone are looked at
         block, encoded = batch(candidate, Rows(_places(candidate), unknown, unknown, candidate_user))
-        return m.head_of(block).score(m.outputs(block, encoded, m.context(*known)))
+        return m.heads.of(block).score(m.outputs(block, encoded, m.context(*known)))
 
 
 def _places(item: Tensor) -> Tensor:

@@ -29,6 +29,24 @@ def cores(quota: str = _QUOTA) -> int:
     return usable
 
 
+def free_memory(meminfo: str = "/proc/meminfo", limit: str = "/sys/fs/cgroup/memory") -> int | None:
+    """Bytes that this process may still take: what Linux calls available, and what a container's limit leaves of it.
+
+    Args:
+        meminfo: file of the kernel. limit: what the files of a container's limit and use begin with (cgroup v2).
+
+    Returns:
+        None where the system does not tell.
+    """
+    found = []
+    with contextlib.suppress(OSError, ValueError, StopIteration), open(meminfo) as f:
+        found.append(1024 * int(next(line.split()[1] for line in f if line.startswith("MemAvailable:"))))
+    # `max`, where there is no limit, is no number
+    with contextlib.suppress(OSError, ValueError), open(f"{limit}.max") as most, open(f"{limit}.current") as used:
+        found.append(max(0, int(most.read()) - int(used.read())))
+    return min(found, default=None)
+
+
 def prepare(threads: int) -> bool:
     """Set torch's threads, and let freed memory stay with the process.
 

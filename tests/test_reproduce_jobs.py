@@ -45,7 +45,7 @@ def test_the_same_runs_and_what_diverges(small: Location, tmp_path: Path) -> Non
     assert reproduce_jobs.train_missing(runs(small, one, "1", 1), log=told.append) == {}
     failed = reproduce_jobs.train_missing([*wild, *runs(small, many, "1", 1)], 2, told.append)
     assert failed.keys() == {str(wild[0].where)}
-    assert "2 runs, 0 finished, 2 to train" in told
+    assert "2 runs, 0 finished, 2 to train, 2 at a time" in told
     assert any("is not finite" in line for line in told)
     a, b = (runs(small, out, "1", 1)[0] for out in (one, many))
     files = [json.loads((r.where / "evaluation.json").read_bytes()) for r in (a, b)]

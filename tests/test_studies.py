@@ -55,7 +55,8 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def argv(small: Location, out: Path, *more: str) -> list[str]:
     return ["reproduce", "tiny-fig", "--data", f"synthetic={small}", "--seeds", "2", "--out", str(out), "--epochs", "1",
-            "--threads", "1", "--set", "embedding=4", "width=6", "hidden=8", "steps=1", *more]  # fmt: skip
+            "--results", f"{out}/results", "--jobs", "1", "--threads", "1",
+            "--set", "embedding=4", "width=6", "hidden=8", "steps=1", *more]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +268,7 @@ def test_studies_and_table_of_mamo_share_their_runs(tmp_path: Path) -> None:
         (["paml-3", "--panels", "tau"], ["--panels is for studies", "mamo-fig2"]),
         (["tiny-fig", "paml-3", "--methods", "melu"], ["--methods leaves nothing of tiny-fig", "give mamo"]),
         (["mamo-1", "--data", "movielens-1m=none", "bookcrossing-complete=HERE"], ["holds synthetic", "--complete"]),
-        (["tiny-fig", "--data", "synthetic=HERE", "--jobs", "0"], ["--jobs must be at least 1"]),
+        (["tiny-fig", "--data", "synthetic=HERE", "--jobs", "-1"], ["--jobs must be at least 0"]),
         (["tiny-fig", "--data", "synthetic=HERE", "--jobs", "2", "--workers", "2"], ["leave out --workers 2"]),
     ],
 )

@@ -1,44 +1,26 @@
 """`reproduce`: a paper's tables and parameter studies, and ours, from runs that are trained where they are missing."""
 
-import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from distmeta.cli import Parser
-from distmeta.commands import reproduce_costs
-from distmeta.commands.reproduce_costs import COSTS, Costs
-from distmeta.commands.settings import Setting, flags_of
+from distmeta.commands import reproduce_call, reproduce_costs, reproduce_results
+from distmeta.commands.reproduce_costs import Costs
+from distmeta.commands.settings import Setting, flags_of, of_flags, told
 from distmeta.errors import RunError, UserError
-from distmeta.evaluation.papertables import HEADS, PREPARE, RARE, TABLES, PaperTable
-from distmeta.evaluation.studies import STUDIES, Study
+from distmeta.evaluation.papertables import PaperTable
+from distmeta.evaluation.studies import Study
 from distmeta.fields import nearest
-from distmeta.methods import METHODS
 from distmeta.parallel import submitted
 from distmeta.storage import Location
 
 if TYPE_CHECKING:
-    from distmeta.commands.reproduce_runs import Run
+    import argparse
+
+    from distmeta.commands.reproduce_runs import Call, Run
+    from distmeta.commands.reproduce_studies import Planned
     from distmeta.data.schema import Dataset
     from distmeta.evaluation.measured import Measured
     from distmeta.evaluation.study import Curves
-
-_TAKEN = ("data", "protocol", "split-seed", "run", "resume", "retried", "workers", "threads", "epochs")
-"""Flags of `train` that the command itself sets."""
-_EPILOG = """\
-tables: {tables}
-studies: {studies}
-costs of training: {costs} (trains nothing to its end: some minutes)
-
---set FLAG[=VALUE] gives every method that has it a flag of `train`; WHERE:FLAG[=VALUE] only the method, the data
-set, or DATASET/METHOD that WHERE names. Commas part the values of a list.
-
-examples:
-  python -m jobs.reproduce paml-2 paml-3 paml-4 hml-2 --data movielens-1m=data/ml-1m bookcrossing=data/bookcrossing
-  python -m jobs.reproduce paml-3 --data movielens-1m=data/ml-1m --set item-ids reg-paml:lr=1e-3 hidden=64,64
-  python -m jobs.reproduce paml-2 --data movielens-1m=data/ml-1m bookcrossing=none --methods melu transfer
-  python -m jobs.reproduce cmml-2 cmml-4 cmml-5 --data movielens-1m=data/ml-1m movielens-20m=data/ml-20m --jobs 2
-  python -m jobs.reproduce mamo-fig2 mamo-fig5 --data movielens-1m=data/ml-1m --panels tau beta --seeds 2
-"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,171 +29,72 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: usage or bad input. RunError: a run failed; the same command goes on.
     """
-    args = _parse(argv)
-    asked = [_asked(name) for name in dict.fromkeys(args.tables)]
-    if args.seeds is not None and args.seeds < 1:
-        raise UserError(f"reproduce: --seeds must be at least 1, not {args.seeds}")
-    methods = _methods(args.methods, asked)
-    _check_panels(args.panels, [a for a in asked if isinstance(a, Study)])
-    places = _places(args.data, asked)
+    if argv[:1] == ["which"]:
+        from distmeta.commands import reproduce_which
+
+        return reproduce_which.main(argv[1:])
+    args = reproduce_call.parse(argv)
+    kept = args.results != reproduce_call.NOWHERE
+    if kept:
+        submitted.check("--results", args.results)
+    results = Location.of(args.results) if kept else None
+    if args.report:
+        from distmeta.commands import reproduce_report
+
+        return reproduce_report.main(results, args.readme)
+    wanted = reproduce_call.wanted(args)
     submitted.check("--out", args.out)
+    return _make(args, wanted, results)
+
+
+def _make(args: "argparse.Namespace", wanted: reproduce_call.Wanted, results: Location | None) -> int:
     from distmeta.commands import reproduce_runs as runs
     from distmeta.commands import reproduce_studies as studies
     from distmeta.commands.reproduce_jobs import train_missing
 
+    jobs = reproduce_call.at_once(args.jobs, args.workers, args.threads)
     common = [w for f in ("workers", "threads", "epochs") if getattr(args, f) for w in (f"--{f}", getattr(args, f))]
-    _check_jobs(args.jobs, args.workers)
-    settings = [Setting.of(text, "reproduce", _TAKEN) for text in args.set]
-    call = runs.Call(args.seeds, Location.of(args.out), methods, settings, common)
+    if not (args.jobs or args.workers or args.threads):
+        common += ["--threads", "1"]  # whether one run or many are trained at once
+    settings = [Setting.of(text, "reproduce", reproduce_call.TAKEN) for text in args.set]
+    call = runs.Call(args.seeds, Location.of(args.out), wanted.methods, settings, common)
+    places = wanted.places
     datasets = {name: runs.dataset_at(name, place) for name, place in places.items()}
-    tables = [(t, runs.plan(t, places, call)) for t in asked if isinstance(t, PaperTable)]
-    planned = [(s, studies.plan(s, args.panels, places[s.dataset], call)) for s in asked if isinstance(s, Study)]
-    needed = [r for _, found in tables for r in found] + [r for _, found in planned for p in found for r in p.runs()]
-    every = _distinct(needed)
+    tables = [(t, runs.plan(t, places, call)) for t in wanted.asked if isinstance(t, PaperTable)]
+    planned = [(s, studies.plan(s, args.panels, places[s.dataset], call)) for s in wanted.asked if isinstance(s, Study)]
+    named = [(t.name, r) for t, found in tables for r in found]
+    named += [(s.name, r) for s, found in planned for p in found for r in p.runs()]
+    every = _distinct([run for _, run in named])
     _check_settings(settings, every)
     for run in every:
         runs.check(run)
-    failed = train_missing(every, args.jobs)
-    _check_tables(tables, failed)
-    given = " ".join([*args.set, *(f"epochs={n}" for n in [args.epochs] if n)])
+    failed = train_missing(every, jobs, after=_keeper(results, named))
+    pages = _Pages(args, call, datasets, places, results)
     for table, found in tables:
-        more = _said(table, args.seeds or table.seeds, given, datasets, places)
-        _write(table, found, places, datasets, call.out, more)
+        if not any(str(run.where) in failed for run in found):
+            pages.table(table, found)
     for study, found in planned:
-        points = studies.gather(study, found, places[study.dataset], datasets[study.dataset], failed)
-        _write_study(study, points, call.out, _said(study, args.seeds or study.seeds, given, datasets, places))
-    for costs in (a for a in asked if isinstance(a, Costs)):
-        reproduce_costs.run(costs, places[costs.dataset], call.out, methods)
+        pages.study(study, found, failed)
+    for costs in (a for a in wanted.asked if isinstance(a, Costs)):
+        made = reproduce_costs.run(costs, places[costs.dataset], call.out, wanted.methods)
+        pages.keep("costs", costs, made)
+    _check_tables(tables, failed)
     if failed:
         raise RunError(f"{len(failed)} runs diverged, which the pages say: {', '.join(failed)}")
     return 0
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="reproduce",
-        usage="reproduce TABLE|STUDY [...] --data NAME=DATASET [...] [flags]",
-        description="Train what a paper's table compares, or each value of a study's parameters, on several split\n"
-        "seeds, and write OUT/NAME.html, .md and .json (a study also .svg): the paper's rows and ours side\n"
-        "by side, or our curves, floors included. Runs lie in OUT/runs; those that have finished are not\n"
-        "trained again, so that the same command goes on after a kill.",
-        epilog=_EPILOG.format(tables=" ".join(TABLES), studies=" ".join(STUDIES), costs=" ".join(COSTS)),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("tables", nargs="+", metavar="TABLE|STUDY", help=" ".join([*TABLES, *STUDIES, *COSTS]))
-    parser.add_argument(
-        "--data", nargs="+", default=[], metavar="NAME=DATASET",
-        help="where each data set lies, made by `prepare`; NAME=none leaves its columns out, as not to name one of"
-        f" {', '.join(RARE)} does",
-    )  # fmt: skip
-    parser.add_argument(
-        "--seeds", type=int, metavar="N", help="split seeds 0 to N-1 [5 for tables of scenarios, else 3]"
-    )
-    parser.add_argument("--out", default="runs/reproduce", metavar="DIR", help="where to write [runs/reproduce]")
-    parser.add_argument("--methods", nargs="+", default=[], metavar="METHOD", help="only these rows of ours [all]")
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="[WHERE:]FLAG[=VALUE]", help="flags of train; see below"
-    )
-    parser.add_argument(
-        "--panels", nargs="+", default=[], metavar="PANEL",
-        help=f"of a study with several, only these: {' '.join(p.name for p in STUDIES['mamo-fig2'].panels)} [all]",
-    )  # fmt: skip
-    parser.add_argument("--epochs", metavar="N", help="--epochs of train, for all methods")
-    parser.add_argument("--workers", metavar="N", help="--workers of train")
-    parser.add_argument("--threads", metavar="N", help="--threads of train")
-    parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N",
-        help="train N runs at a time, each a process with one thread (or --threads) that logs to RUN.log [1]",
-    )  # fmt: skip
-    return parser.parse(argv)
+def _keeper(results: Location | None, named: Sequence[tuple[str, "Run"]]) -> "Callable[[Run], None]":
+    """What keeps a finished run's results."""
+    rows: dict[str, set[str]] = {}
+    for name, run in named:
+        rows.setdefault(str(run.where), set()).add(f"{name}: {run.label}")
 
+    def keep(run: "Run") -> None:
+        if results:
+            reproduce_results.keep_run(results, run, [*rows[str(run.where)]])
 
-def _asked(name: str) -> PaperTable | Study | Costs:
-    known = {**TABLES, **STUDIES, **COSTS}
-    if name not in known:
-        raise UserError(
-            f"reproduce: unknown table or study {name!r}{nearest(name, known)}; tables: {' '.join(TABLES)}; studies:"
-            f" {' '.join(STUDIES)}; costs: {' '.join(COSTS)}"
-        )
-    return known[name]
-
-
-def _check_panels(given: Sequence[str], studies: Sequence[Study]) -> None:
-    """UserError where a panel is no study's, or is given without a study."""
-    if given and not studies:
-        raise UserError(f"reproduce: --panels is for studies; name one of {' '.join(STUDIES)}, or leave --panels out")
-    known = list(dict.fromkeys(p.name for s in studies for p in s.panels))
-    for name in given:
-        if name not in known:
-            raise UserError(
-                f"reproduce: --panels {name}: no panel of {' '.join(s.name for s in studies)}{nearest(name, known)};"
-                f" panels: {' '.join(known)}"
-            )
-
-
-def _methods(given: Sequence[str], tables: Sequence[PaperTable | Study | Costs]) -> list[str]:
-    """The methods to run; UserError where one is in no table, or not in the registry."""
-    known = list(dict.fromkeys(o.method for t in tables for o in t.ours))
-    for name in given:
-        if name not in known:
-            raise UserError(
-                f"reproduce: --methods {name}: no row of {' '.join(t.name for t in tables)}{nearest(name, known)};"
-                f" rows of ours: {' '.join(known)}"
-            )
-    chosen = list(given) or known
-    for table in tables:
-        if not {o.method for o in table.ours} & set(chosen):
-            mine = " ".join(dict.fromkeys(o.method for o in table.ours))
-            raise UserError(f"reproduce: --methods leaves nothing of {table.name}; give {mine}, or leave it out")
-    missing = [name for name in chosen if name not in METHODS]
-    if missing:
-        raise UserError(
-            f"reproduce: method {missing[0]} is not installed here; leave it out with --methods"
-            f" {' '.join(name for name in chosen if name in METHODS)}"
-        )
-    return chosen
-
-
-def _places(given: Sequence[str], tables: Sequence[PaperTable | Study | Costs]) -> dict[str, Location]:
-    """Data set -> where it lies, without those left out; UserError where one is missing or none of the tables'."""
-    needed = list(dict.fromkeys(name for t in tables for name in t.datasets))
-    said: dict[str, str] = {}
-    for text in given:
-        name, _, place = text.partition("=")
-        if not place:
-            raise UserError(f"reproduce: --data {text!r} is not NAME=DATASET; names: {' '.join(needed)}")
-        if name not in needed:
-            raise UserError(
-                f"reproduce: --data {text}: these tables have no data set {name!r}{nearest(name, needed)}; names:"
-                f" {' '.join(needed)}"
-            )
-        if name in said:
-            raise UserError(f"reproduce: --data gives {name} twice; give it once")
-        said[name] = place
-    for name in needed:
-        if name not in said and name not in RARE:
-            table = next(t.name for t in tables if name in t.datasets)
-            raise UserError(
-                f"reproduce: {table} needs {HEADS.get(name, name)}; make it with `{PREPARE[name]}`, then give --data"
-                f" {name}=DATASET, or leave its columns out with --data {name}=none"
-            )
-    places = {name: Location.of(place) for name, place in said.items() if place != "none"}
-    for table in tables:
-        if not set(table.datasets) & set(places):
-            raise UserError(
-                f"reproduce: {table.name} has no data set left; give at least one of {' '.join(table.datasets)}"
-            )
-    for name in places:
-        submitted.check(f"--data {name}=", said[name])
-    return places
-
-
-def _check_jobs(jobs: int, workers: str | None) -> None:
-    """UserError where so many runs cannot be trained at once."""
-    if jobs < 1:
-        raise UserError(f"reproduce: --jobs must be at least 1, not {jobs}")
-    if jobs > 1 and workers not in (None, "0"):
-        raise UserError(f"reproduce: --jobs {jobs} is for runs without Ray; leave out --workers {workers}, or --jobs")
+    return keep
 
 
 def _check_tables(tables: Sequence[tuple[PaperTable, Sequence["Run"]]], failed: Mapping[str, str]) -> None:
@@ -246,75 +129,93 @@ def _distinct(runs: Sequence["Run"]) -> list["Run"]:
     return sorted(found.values(), key=lambda run: run.seed)
 
 
-def _said(
-    one: PaperTable | Study,
-    seeds: int,
-    settings: str,
-    datasets: Mapping[str, "Dataset"],
-    places: Mapping[str, Location],
-) -> dict[str, Any]:
-    """What a page says of the call that made it."""
-    described = {name: _described(datasets.get(name), places.get(name)) for name in one.datasets}
-    return {"seeds": seeds, "datasets": described, "settings": settings}
+class _Pages:
+    """Writes what the finished runs came to: OUT/NAME.html, .md and .json, and RESULTS/NAME.json."""
 
+    def __init__(
+        self,
+        args: "argparse.Namespace",
+        call: "Call",
+        datasets: Mapping[str, "Dataset"],
+        places: Mapping[str, Location],
+        results: Location | None,
+    ) -> None:
+        self.args, self.call, self.datasets, self.places, self.results = args, call, datasets, places, results
 
-def _described(dataset: "Dataset | None", place: Location | None) -> dict[str, Any] | None:
-    if dataset is None:
-        return None
-    counts = {"users": dataset.users, "items": dataset.items, "interactions": dataset.interactions}
-    return {"name": dataset.name, "location": str(place), **counts}
+    def keep(
+        self, kind: str, one: reproduce_call.Asked, found: Mapping[str, Any], planned: Sequence["Run"] = ()
+    ) -> None:
+        """RESULTS/NAME.json."""
+        if not self.results:
+            return
+        pairs = {(run.dataset, run.config.method) for run in planned}
+        reached = [s for s in self.call.settings if any(s.meant_for(*pair) for pair in pairs)]
+        words = reproduce_results.command(one, self.args, self.places, reached)
+        reproduce_results.keep(self.results, kind, found, words, planned)
 
+    def table(self, table: PaperTable, planned: Sequence["Run"]) -> None:
+        """OUT/TABLE.html, .md and, last, .json."""
+        from distmeta.commands import reproduce_pictures as pictures
+        from distmeta.commands import reproduce_runs as runs
+        from distmeta.evaluation import evaluate as evaluation
+        from distmeta.evaluation import reproduction, reproduction_page
 
-def _write(
-    table: PaperTable,
-    planned: Sequence["Run"],
-    places: Mapping[str, Location],
-    datasets: Mapping[str, "Dataset"],
-    out: Location,
-    more: Mapping[str, Any],
-) -> None:
-    """OUT/TABLE.html, .md and, last, .json."""
-    from distmeta.commands import reproduce_pictures as pictures
-    from distmeta.commands import reproduce_runs as runs
-    from distmeta.evaluation import evaluate as evaluation
-    from distmeta.evaluation import reproduction, reproduction_page
+        ours: dict[str, dict[str, list[Measured]]] = {}
+        floors: dict[str, dict[str, list[Measured]]] = {}
+        tables = {}
+        for run in planned:
+            place = self.places[run.dataset]
+            if (run.dataset, run.seed) not in tables:
+                tables[run.dataset, run.seed] = tasks = runs.tasks(run, place)
+                found = evaluation.floors(tasks, tasks.seen(self.datasets[run.dataset]), place, [*table.floors])
+                for name, one in found.items():
+                    floors.setdefault(run.dataset, {}).setdefault(name, []).append(one)
+            ours.setdefault(run.dataset, {}).setdefault(run.label, []).append(
+                runs.measured(run, tables[run.dataset, run.seed])
+            )
+        compared = next(iter(tables.values())).compared
+        hashes = {f"{dataset} {seed}": t.split_hash for (dataset, seed), t in tables.items()}
+        made = reproduction.assemble(table, ours, floors, compared)
+        made |= {**self._said(table), "split_hashes": hashes}
+        figures = pictures.figures(table, planned, self.places, self.datasets, ours, floors, tables)
+        out, text = self.call.out, reproduction_page.markdown(made)
+        (out / f"{table.name}.html").write_bytes(reproduction_page.page(made, figures).encode())
+        (out / f"{table.name}.md").write_bytes(text.encode())
+        (out / f"{table.name}.json").write_json(made)
+        self.keep("table", table, made, planned)
+        print(f"\n{text}\n{out / table.name}.html, .md and .json")
 
-    ours: dict[str, dict[str, list[Measured]]] = {}
-    floors: dict[str, dict[str, list[Measured]]] = {}
-    tables = {}
-    for run in planned:
-        place = places[run.dataset]
-        if (run.dataset, run.seed) not in tables:
-            tables[run.dataset, run.seed] = task_table = runs.tasks(run, place)
-            found = evaluation.floors(task_table, task_table.seen(datasets[run.dataset]), place, [*table.floors])
-            for name, one in found.items():
-                floors.setdefault(run.dataset, {}).setdefault(name, []).append(one)
-        ours.setdefault(run.dataset, {}).setdefault(run.label, []).append(
-            runs.measured(run, tables[run.dataset, run.seed])
-        )
-    compared = next(iter(tables.values())).compared
-    hashes = {f"{dataset} {seed}": t.split_hash for (dataset, seed), t in tables.items()}
-    found = {**reproduction.assemble(table, ours, floors, compared), **more, "split_hashes": hashes}
-    figures = pictures.figures(table, planned, places, datasets, ours, floors, tables)
-    text = reproduction_page.markdown(found)
-    (out / f"{table.name}.html").write_bytes(reproduction_page.page(found, figures).encode())
-    (out / f"{table.name}.md").write_bytes(text.encode())
-    (out / f"{table.name}.json").write_json(found)
-    print(f"\n{text}\n{out / table.name}.html, .md and .json")
+    def study(self, study: Study, planned: Sequence["Planned"], failed: Mapping[str, str]) -> None:
+        """OUT/STUDY.svg, .html, .md and, last, .json."""
+        from distmeta.commands import reproduce_studies as studies
+        from distmeta.evaluation import study as assembly
+        from distmeta.evaluation import study_page, studycharts
 
+        place, dataset = self.places[study.dataset], self.datasets[study.dataset]
+        measured: dict[str, Curves] = studies.gather(study, planned, place, dataset, failed)
+        found = assembly.assemble(study, measured)
+        there = [p["name"] for p in found["panels"]]
+        found |= {**self._said(study), "left_out": [p.name for p in study.panels if p.name not in there]}
+        out, text = self.call.out, study_page.markdown(found)
+        heads = {split: study_page.SPLITS[split] for split in study.splits}
+        (out / f"{study.name}.svg").write_bytes(studycharts.sheet(found["panels"], heads, study.name).encode())
+        (out / f"{study.name}.html").write_bytes(study_page.page(found).encode())
+        (out / f"{study.name}.md").write_bytes(text.encode())
+        (out / f"{study.name}.json").write_json(found)
+        finished = [run for p in planned for run in p.runs() if str(run.where) not in failed]
+        self.keep("study", study, found, finished)
+        print(f"\n{text}\n{out / study.name}.html, .svg, .md and .json")
 
-def _write_study(study: Study, measured: Mapping[str, "Curves"], out: Location, more: Mapping[str, Any]) -> None:
-    """OUT/STUDY.svg, .html, .md and, last, .json."""
-    from distmeta.evaluation import study as assembly
-    from distmeta.evaluation import study_page, studycharts
+    def _said(self, one: PaperTable | Study) -> dict[str, Any]:
+        """What a page says of the call that made it."""
+        described = {name: self._described(name) for name in one.datasets}
+        last = [Setting((), "epochs", (n,), "") for n in [self.args.epochs] if n]
+        given = told([*of_flags(one.flags), *self.call.settings, *last])
+        return {"seeds": self.call.seeds or one.seeds, "datasets": described, "settings": " ".join(given)}
 
-    found = assembly.assemble(study, measured)
-    there = [p["name"] for p in found["panels"]]
-    found |= {**more, "left_out": [p.name for p in study.panels if p.name not in there]}
-    text = study_page.markdown(found)
-    heads = {split: study_page.SPLITS[split] for split in study.splits}
-    (out / f"{study.name}.svg").write_bytes(studycharts.sheet(found["panels"], heads, study.name).encode())
-    (out / f"{study.name}.html").write_bytes(study_page.page(found).encode())
-    (out / f"{study.name}.md").write_bytes(text.encode())
-    (out / f"{study.name}.json").write_json(found)
-    print(f"\n{text}\n{out / study.name}.html, .svg, .md and .json")
+    def _described(self, name: str) -> dict[str, Any] | None:
+        dataset = self.datasets.get(name)
+        if dataset is None:
+            return None
+        counts = {"users": dataset.users, "items": dataset.items, "interactions": dataset.interactions}
+        return {"name": dataset.name, "location": str(self.places[name]), **counts}

@@ -6,6 +6,7 @@ single task, so that the libraries, the parameters and the optimizer's moments a
 is. Rounds take turns; time is their median, memory their largest.
 """
 
+import itertools
 import json
 import statistics
 import subprocess
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 ROUNDS, BATCHES, WARM = 3, 30, 3
 """Turns of each row, batches that are measured in one, and batches before them."""
+STEPS = (1, 5, 10, 20)
+"""Inner steps that the figure has of the methods that take any."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,6 @@ class Costs:
     protocol: str
     batch_size: int
     ours: tuple[Timed, ...]
-    missing: Mapping[str, str]
-    """Rows that are not there -> why."""
     paper: str
 
     @property
@@ -67,21 +68,24 @@ COSTS = {
         "cmml-user",
         32,
         (
-            *(Timed(f"MeLU, {k} step{'s' * (k > 1)}", "melu", ("--steps", str(k))) for k in (1, 5, 10, 20)),
+            *(Timed(f"MeLU, {k} step{'s' * (k > 1)}", "melu", ("--steps", str(k))) for k in STEPS),
+            *(
+                Timed(f"s²Meta, {k} step{'s' * (k > 1)}", "s2meta", ("--steps", str(k), "--least-steps", str(k)))
+                for k in STEPS
+            ),
             *(
                 Timed(f"CMML-FiLM, {e}", "cmml-film", ("--encoder", e, "--labels", "embedding", "--no-wide"))
                 for e in ("gru", "mean")
             ),
         ),
-        {"s²Meta, 1 to 20 steps": "joins with a later issue"},
         "time and memory grow with the inner steps; CMML (sequential encoder, dot, FiLM) is comparable with MeLU of one"
         " step (no numbers are printed).",
     )
 }
 
 
-def run(costs: Costs, place: Location, out: Location, methods: Sequence[str]) -> None:
-    """Measure the rows of these methods, and write OUT/NAME.svg, .html, .md and, last, .json.
+def run(costs: Costs, place: Location, out: Location, methods: Sequence[str]) -> dict[str, Any]:
+    """Measure the rows of these methods, and write OUT/NAME.svg, .html, .md and, last, .json, whose content it gives.
 
     Raises:
         UserError: the dataset has no such tasks, or this is no Linux. RunError: a process failed.
@@ -98,7 +102,7 @@ def run(costs: Costs, place: Location, out: Location, methods: Sequence[str]) ->
     for k in range(ROUNDS):
         for t in rows:
             print(f"{costs.name}: round {k + 1} of {ROUNDS}, {t.label}", flush=True)
-            turns[t.label].append(_apart(asked[t.label]))
+            turns[t.label].append(apart(asked[t.label]))
     train_counts = table.counts["train"]
     found = {
         "name": costs.name,
@@ -112,7 +116,6 @@ def run(costs: Costs, place: Location, out: Location, methods: Sequence[str]) ->
         "split_hash": table.split_hash,
         "rows_a_user": train_counts["rows"] / train_counts["tasks"],
         "rows": [_row(t, turns[t.label]) for t in rows],
-        "missing": dict(costs.missing),
     }
     text = costpage.markdown(found)
     (out / f"{costs.name}.svg").write_bytes(costpage.sheet(found).encode())
@@ -120,6 +123,7 @@ def run(costs: Costs, place: Location, out: Location, methods: Sequence[str]) ->
     (out / f"{costs.name}.md").write_bytes(text.encode())
     (out / f"{costs.name}.json").write_json(found)
     print(f"\n{text}\n{out / costs.name}.html, .svg, .md and .json")
+    return found
 
 
 def _row(t: Timed, turns: Sequence[Mapping[str, float]]) -> dict[str, Any]:
@@ -148,7 +152,7 @@ def _tasks(words: Sequence[str]) -> "tuple[Dataset, TaskTable]":
     return table.seen(Dataset.open(place)), table
 
 
-def _apart(words: Sequence[str]) -> dict[str, float]:
+def apart(words: Sequence[str]) -> dict[str, float]:
     """What `measure` gives in a process of its own; RunError with its last words where it fails."""
     code = f"from distmeta.commands import reproduce_costs; reproduce_costs.measure({list(words)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -177,7 +181,8 @@ def measure(words: Sequence[str]) -> None:
     with numerics(replace(config.train, threads=1), torch.device("cpu")):
         method = build_method(config, dataset, items, torch.device("cpu"))
         loader = Loader(table, dataset, "train", config.train.batch_size)
-        batches = [batch for _, batch in zip(range(WARM + BATCHES), loader.epoch(0), strict=False)]
+        epochs = itertools.chain.from_iterable(map(loader.epoch, itertools.count()))
+        batches = list(itertools.islice(epochs, WARM + BATCHES))
         update = MetaUpdate(method, config.train, Exchange(), loader.steps)
         _updates(update, [_first(batches[0])])
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what there is

@@ -28,12 +28,18 @@ Failed = dict[str, str]
 """Where a run lies that diverged -> the sentence about it."""
 
 
-def train_missing(runs: Sequence[Run], jobs: int = 1, log: Callable[[str], None] = print) -> Failed:
+def train_missing(
+    runs: Sequence[Run],
+    jobs: int = 1,
+    log: Callable[[str], None] = print,
+    after: Callable[[Run], None] = lambda _: None,
+) -> Failed:
     """Train the runs that have not finished, going on with those begun; each ends evaluated.
 
     Args:
         jobs: so many at a time. More than one: each a process with one thread, whose words go to RUN.log beside the
             run, and which ends when this process does, however that ends.
+        after: called with each run that has finished, at once with those that had before.
 
     Returns:
         The runs that diverged: the others are trained all the same, as these would not do better another time.
@@ -42,16 +48,20 @@ def train_missing(runs: Sequence[Run], jobs: int = 1, log: Callable[[str], None]
         UserError, RunError: a run failed otherwise; what is finished stays, and a second call goes on from there.
     """
     missing = [run for run in runs if not rundir.finished(run.where)]
-    log(f"{len(runs)} runs, {len(runs) - len(missing)} finished, {len(missing)} to train")
-    clock = _Clock(len(missing), jobs)
-    return _in_turn(missing, clock, log) if jobs == 1 else _at_once(missing, jobs, clock, log)
+    more = f", {jobs} at a time" if jobs > 1 and missing else ""
+    log(f"{len(runs)} runs, {len(runs) - len(missing)} finished, {len(missing)} to train{more}")
+    for run in runs:
+        if run not in missing:
+            after(run)
+    clock = _Clock(len(missing))
+    return _in_turn(missing, clock, log, after) if jobs == 1 else _at_once(missing, jobs, clock, log, after)
 
 
 class _Clock:
     """How far a call is and what it still takes."""
 
-    def __init__(self, total: int, jobs: int) -> None:
-        self.total, self.jobs, self.begun, self.ended, self.start = total, jobs, 0, 0, time.monotonic()
+    def __init__(self, total: int) -> None:
+        self.total, self.begun, self.ended, self.start = total, 0, 0, time.monotonic()
 
     def line(self, run: Run) -> str:
         """What to say of a run that begins now."""
@@ -59,7 +69,7 @@ class _Clock:
         left = ""
         if self.ended:
             each = (time.monotonic() - self.start) / self.ended
-            left = f", about {each * (self.total - self.ended) / 60:.0f} min left"
+            left = f", {self.total - self.ended} left, about {each * (self.total - self.ended) / 60:.0f} min"
         return f"[{self.begun}/{self.total}{left}] {run.label} on {run.dataset}, split {run.seed} -> {run.where}"
 
 
@@ -67,12 +77,13 @@ def _argv(run: Run) -> list[str]:
     return [*run.argv, "--resume"] if rundir.exists(run.where) else list(run.argv)
 
 
-def _in_turn(missing: Sequence[Run], clock: _Clock, log: Callable[[str], None]) -> Failed:
+def _in_turn(missing: Sequence[Run], clock: _Clock, log: Callable[[str], None], after: Callable[[Run], None]) -> Failed:
     failed: Failed = {}
     for run in missing:
         log(f"\n{clock.line(run)}")
         try:
             train.main(_argv(run))
+            after(run)
         except Diverged as e:
             failed[str(run.where)] = str(e)
             log(f"{run.where}: {e}")
@@ -82,7 +93,9 @@ def _in_turn(missing: Sequence[Run], clock: _Clock, log: Callable[[str], None]) 
     return failed
 
 
-def _at_once(missing: Sequence[Run], jobs: int, clock: _Clock, log: Callable[[str], None]) -> Failed:
+def _at_once(
+    missing: Sequence[Run], jobs: int, clock: _Clock, log: Callable[[str], None], after: Callable[[Run], None]
+) -> Failed:
     for run in missing:  # here, as two processes may want the same one
         tasks(run, Location.of(run.config.data.data))
     waiting, failed = list(missing), Failed()
@@ -103,6 +116,8 @@ def _at_once(missing: Sequence[Run], jobs: int, clock: _Clock, log: Callable[[st
                     log(f"{run.where}: {said}")
                 elif process.returncode:
                     raise _error(run, process.returncode)
+                else:
+                    after(run)
     return failed
 
 

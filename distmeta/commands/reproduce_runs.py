@@ -9,7 +9,7 @@ from distmeta import config as config_module
 from distmeta import remote
 from distmeta.commands import train
 from distmeta.commands.evaluate import MEASURED
-from distmeta.commands.settings import Setting
+from distmeta.commands.settings import Setting, of_flags
 from distmeta.config import Config
 from distmeta.data import protocols, tasktable
 from distmeta.data.schema import Dataset
@@ -74,7 +74,7 @@ def plan(table: PaperTable, places: Mapping[str, Location], call: Call) -> list[
 
 def make(asker: PaperTable | Study, dataset: str, place: Location, ours: Ours, seed: int, call: Call) -> Run:
     """The run of one row on one split, in OUT/runs/DATASET-PROTOCOL-METHOD-SEED; of a table with intervals over seeds
-    the seed is that of training too.
+    the seed is that of training too. The table's own flags give way to the call's settings, and these to the row's.
 
     What a row sets to another value than it has anyway is in the name too, so that a run serves every table and
     study that asks for it.
@@ -83,11 +83,11 @@ def make(asker: PaperTable | Study, dataset: str, place: Location, ours: Ours, s
         UserError: as `plan`.
     """
     entry(ours.method)
-    chosen = [word for s in call.settings if s.meant_for(dataset, ours.method) for word in s.argv()]
+    settings = [*of_flags(asker.flags), *call.settings]
+    chosen = [word for s in settings if s.meant_for(dataset, ours.method) for word in s.argv()]
     shared = [ours.method, "--data", str(place), "--protocol", asker.protocol, "--split-seed", str(seed)]
     shared += ["--seed", str(seed)] if isinstance(asker, PaperTable) and asker.confidence else []
-    given = [*asker.flags.get(dataset, ()), *asker.flags.get(f"{dataset}/{ours.method}", ())]
-    shared += [*given, *chosen, *call.common]
+    shared += [*chosen, *call.common]
     before, config = _flat(train.parse(shared)), train.parse([*shared, *ours.flags])
     own = [f"{k.replace('_', '-')}-{_word(v)}" for k, v in _flat(config).items() if v != before[k]]
     where = call.out / "runs" / "-".join([dataset, asker.protocol, ours.method, *own, str(seed)])

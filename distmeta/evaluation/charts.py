@@ -24,6 +24,7 @@ WIDTH = 4.4
 _STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 9,
+    "font.sans-serif": ["DejaVu Sans"],  # each text names them all
     "text.parse_math": False,
     "axes.labelsize": 9,
     "axes.labelcolor": SOFT,

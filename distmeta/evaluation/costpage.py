@@ -34,17 +34,21 @@ def markdown(found: Found) -> str:
 
 
 def page(found: Found) -> str:
-    """The whole page: picture, numbers, how they were measured."""
+    """The whole page."""
+    return PAGE.format(title=escape(found["title"]), style=STYLE, body=body(found))
+
+
+def body(found: Found) -> str:
+    """What stands on the page: picture, numbers, how they were measured."""
     heads, rows = _rows(found)
     cells = [(name, [(c, False) for c in rest]) for name, *rest in rows]
-    body = (
+    return (
         f'<header><p class="kicker">protocol {escape(found["protocol"])}</p><h1>{escape(found["title"])}</h1>'
         f'<p class="lead">{escape(_said(found))}</p></header>'
         f'<section><div class="figures">{figure(_picture(found), "Time and memory of training", "Shorter is better.")}'
         f"</div>{table(heads, cells)}</section>"
         f"<section><h2>How to read it</h2><ul><li>{escape(_NOTE)}</li></ul></section>"
     )
-    return PAGE.format(title=escape(found["title"]), style=STYLE, body=body)
 
 
 def sheet(found: Found) -> str:
@@ -76,11 +80,10 @@ def _picture(found: Found) -> str:
 
 
 def _rows(found: Found) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows; each row's time and memory beside the first's, then rows that are not there."""
+    """Heads and rows; each row's time and memory beside the first's."""
     first = found["rows"][0]
     heads = ["", "s per 1,000 users", "× the first", "users/s", "peak MB", "× the first"]
-    rows = [_cells(r, first) for r in found["rows"]]
-    return heads, rows + [[name, why, *[""] * (len(heads) - 2)] for name, why in found["missing"].items()]
+    return heads, [_cells(r, first) for r in found["rows"]]
 
 
 def _cells(row: Mapping[str, Any], first: Mapping[str, Any]) -> list[str]:

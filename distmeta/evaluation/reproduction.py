@@ -39,8 +39,9 @@ def assemble(
         compared: the pairs of cohorts whose users the protocol compares.
 
     Returns:
-        {"table", "title", "protocol", "digits", "confidence", "percent", "notes", "sections": [{"title", "cohort",
-        "columns", "counts", "rows", "paired"}]}, where
+        {"table", "title", "protocol", "digits", "confidence", "percent", "notes", "key", "judged", "sections":
+        [{"title", "cohort", "columns", "counts", "rows", "paired"}]}, where
+        key: [section, column, column of the paper's number beside it], as `papertables.Key`;
         columns: [{"dataset", "metric", "head", "cohort", "table", "ours"}], as `papertables.Column`;
         rows: [{"label", "method" (None: none of ours), "floor", "paper": [[mean, sd] | None], "ours": [{"mean", "sd",
         "seeds"} | None]}], of a p-value "seeds" alone; only rows that have a number;
@@ -68,6 +69,8 @@ def assemble(
         "percent": table.percent,
         "sections": [_section(table, section, numbers, differences) for section in table.sections],
         "notes": list(table.notes),
+        "key": [[k.section, k.column, k.column if k.paper is None else k.paper] for k in table.key],
+        "judged": list(table.judged),
     }
 
 

@@ -13,8 +13,6 @@ from distmeta.evaluation.charts import signed
 from distmeta.evaluation.papertables import HEADS, PREPARE, RARE
 from distmeta.evaluation.style import PAGE, STYLE
 
-LATER = "later issue"
-"""Ours, where the paper has a method that we have not yet."""
 _PAIRED_NOTE = (
     "Paired differences, a row minus a floor or another row on the same {0}, all split seeds together; in brackets the"
     " 95 % percentile interval of 10,000 bootstrap resamples of the {0}. Bold: better, and the interval excludes 0."
@@ -47,6 +45,11 @@ def page(found: Table, figures: Sequence[str]) -> str:
     Args:
         figures: <figure> elements, put after the tables.
     """
+    return PAGE.format(title=escape(found["title"]), style=STYLE, body=body(found, figures))
+
+
+def body(found: Table, figures: Sequence[str]) -> str:
+    """What stands on the page: head, a <section> for each of the table's, `figures`, notes."""
     body = [
         f'<header><p class="kicker">protocol {escape(found["protocol"])}</p><h1>{escape(found["title"])}</h1>'
         f'<p class="lead">{escape(_said(found))}</p></header>'
@@ -65,7 +68,7 @@ def page(found: Table, figures: Sequence[str]) -> str:
         body.append('<section><h2>Users</h2><div class="figures">' + "".join(figures) + "</div></section>")
     notes = "".join(f"<li>{_words(note)}</li>" for note in found["notes"])
     body.append(f"<section><h2>How to read it</h2><ul>{notes}</ul></section>")
-    return PAGE.format(title=escape(found["title"]), style=STYLE, body="\n".join(body))
+    return "\n".join(body)
 
 
 def _noted(found: Table) -> str:
@@ -207,19 +210,23 @@ def _paper(cell: Sequence[float | None] | None, digits: int) -> str:
 
 def _ours(found: Table, row: Mapping[str, Any], i: int, column: Mapping[str, Any]) -> str:
     cell = row["ours"][i]
-    if row["method"] is None:
-        return LATER
     if cell is None:
         return "–"
     if column["metric"] == reproduction.P:
         return ", ".join("–" if p is None else f"{p:.3f}" for p in cell["seeds"])
-    scale, sd = _scale(found, column["metric"]), cell["sd"]
+    scale = column_scale(found, column["metric"])
+    return spread(cell["mean"] * scale, plus_minus(found, cell, scale), found["digits"])
+
+
+def plus_minus(found: Table, cell: Mapping[str, Any], scale: int) -> float | None:
+    """What stands after ± of a cell of ours; None of one seed."""
+    sd = cell["sd"]
     if found["confidence"] and sd is not None:
         sd *= NORMAL / math.sqrt(sum(v is not None for v in cell["seeds"]))
-    return spread(cell["mean"] * scale, None if sd is None else sd * scale, found["digits"])
+    return None if sd is None else scale * sd
 
 
-def _scale(found: Table, metric: str) -> int:
+def column_scale(found: Table, metric: str) -> int:
     """What a number is multiplied with where the paper prints shares in percent."""
     return 100 if found["percent"] and metric.startswith("recall") else 1
 
@@ -243,7 +250,8 @@ def _paired(found: Table, section: Mapping[str, Any]) -> tuple[list[Head], list[
     body = []
     for row in section["paired"]:
         cells = [
-            interval(row["differences"][i], columns[i]["metric"], _scale(found, columns[i]["metric"])) for i in kept
+            interval(row["differences"][i], columns[i]["metric"], column_scale(found, columns[i]["metric"]))
+            for i in kept
         ]
         body.append((f"{row['label']} − {row['against']}", cells))
     return heads, body
@@ -319,8 +327,6 @@ def _html(head: str, starts: Sequence[bool], rows: Sequence[tuple[str, Sequence[
 def _narrow(text: str, tight: bool) -> str:
     """A cell's HTML, an interval on a line of its own, where the table is `tight` also what stands after ±."""
     value, bracket, rest = escape(text).partition(" [")
-    if tight and text == LATER:
-        return f"<small>{LATER.replace(' ', '<br>')}</small>"
     if tight and not bracket:
         value, plus_minus, spread = value.partition(" ± ")
         return f"{value}<small>± {spread}</small>" if plus_minus else value

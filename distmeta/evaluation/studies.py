@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from distmeta.evaluation.papertables import Ours
+from distmeta.evaluation.papertables.mamo import MAMO_FLAGS
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Study:
 METRICS = {"mae": "MAE", "ndcg@3": "NDCG@3"}
 """What a study measures, a mean over tasks of each (MAMO Eq. 13-15, the formula as printed)."""
 
+_STUDIED = {"*": MAMO_FLAGS}
 _MEANS = (
     "MAE and NDCG@3 are means over users (Eq. 13 to 15), not the paper's public code's NDCG, which sorts the 3 ranked"
     " highest once more. The paper's curves are pictures without numbers; what is quoted is its text."
@@ -70,6 +72,8 @@ MAMO_2 = Study(
     title="MAMO, Figure 2: one parameter at a time",
     dataset="movielens-1m",
     protocol="mamo",
+    flags=_STUDIED,
+    seeds=2,
     ours=(Ours("MAMO", "mamo"),),
     panels=(
         Panel(
@@ -127,6 +131,8 @@ MAMO_4 = Study(
     title="MAMO, Figure 4: recommenders by support size",
     dataset="movielens-1m",
     protocol="mamo",
+    flags=_STUDIED,
+    seeds=2,
     ours=(
         Ours("MAMO", "mamo"),
         Ours("DNN", "mamo", ("--recommender", "dnn")),
@@ -156,6 +162,8 @@ MAMO_5 = Study(
     title="MAMO, Figure 5 (a): the number of slots K",
     dataset="movielens-1m",
     protocol="mamo",
+    flags=_STUDIED,
+    seeds=2,
     ours=(Ours("MAMO", "mamo"),),
     panels=(
         Panel(

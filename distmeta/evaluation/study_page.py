@@ -44,7 +44,12 @@ def markdown(found: Study) -> str:
 
 
 def page(found: Study) -> str:
-    """The whole page: for each parameter a picture, the paper's words and ours, and the numbers."""
+    """The whole page."""
+    return PAGE.format(title=escape(found["title"]), style=STYLE, body=body(found))
+
+
+def body(found: Study) -> str:
+    """What stands on the page: for each parameter a picture, the paper's words and ours, and the numbers."""
     body = [
         f'<header><p class="kicker">protocol {escape(found["protocol"])}</p><h1>{escape(found["title"])}</h1>'
         f'<p class="lead">{escape(_said(found))}</p></header>'
@@ -63,7 +68,7 @@ def page(found: Study) -> str:
         body.append(f'<div class="figures">{"".join(figures)}</div>{"".join(tables)}</section>')
     notes = "".join(f"<li>{escape(note)}</li>" for note in (_NOTE, *found["notes"]))
     body.append(f"<section><h2>How to read it</h2><ul>{notes}</ul></section>")
-    return PAGE.format(title=escape(found["title"]), style=STYLE, body="\n".join(body))
+    return "\n".join(body)
 
 
 def _said(found: Study) -> str:

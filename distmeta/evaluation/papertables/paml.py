@@ -1,6 +1,6 @@
 """PAML's tables (paper 001)."""
 
-from distmeta.evaluation.papertables.table import FLOOR_NOTE, SUBSET, Column, Ours, PaperTable, Section
+from distmeta.evaluation.papertables.table import FLOOR_NOTE, SUBSET, Column, Key, Ours, PaperTable, Section
 
 _PAML_CONSTANT = (
     "A constant has MSE 1.18 to 1.24 on MovieLens-1M by split, a bias model .86 to .94: of the paper's rows only"
@@ -21,6 +21,16 @@ _P = (
     " user may be tested in several). A low p says that the groups fare differently, not that both fare well."
 )
 
+_STEPS = ("--steps", "3")
+PAML_FLAGS = {
+    "*": ("--epochs", "8", "--item-ids", "--wide", "--lr-decay", "0", "--lr", "3e-3"),
+    **dict.fromkeys(("melu", "metasgd", "paml", "reg-paml", "at-paml", "hml"), _STEPS),
+    "transfer": ("--lr", "1e-3"),
+    "bookcrossing": ("--lr", "5e-4", "--local-lr", "0.02", "--embedding", "16"),
+    "bookcrossing/transfer": ("--local-lr", "0.003", "--lr", "5e-4"),
+}
+"""Settings of PAML's and HML's tables, chosen on split 0."""
+
 _PAML_ML1M = (
     Column("movielens-1m", "mse", "MSE, major", "major"),
     Column("movielens-1m", "mse", "MSE, minor", "minor"),
@@ -31,6 +41,8 @@ PAML_2 = PaperTable(
     name="paml-2",
     title="PAML, Table 2: cold-start users' ratings",
     protocol="paml",
+    flags=PAML_FLAGS,
+    key=(Key(0, 0), Key(0, 3)),
     columns=tuple(
         Column(dataset, metric, head)
         for dataset in ("movielens-1m", "bookcrossing")
@@ -71,6 +83,8 @@ PAML_3 = PaperTable(
     name="paml-3",
     title="PAML, Table 3: major and minor users",
     protocol="paml",
+    flags=PAML_FLAGS,
+    key=(Key(0, 1),),
     columns=_PAML_ML1M,
     sections=(
         Section(
@@ -109,6 +123,8 @@ PAML_4 = PaperTable(
     name="paml-4",
     title="PAML, Table 4: the regulariser's weight γ, and PAML without it",
     protocol="paml",
+    flags=PAML_FLAGS,
+    key=(Key(0, 1),),
     columns=_PAML_ML1M,
     sections=(
         Section(

@@ -70,6 +70,16 @@ class Ours:
 
 
 @dataclass(frozen=True)
+class Key:
+    """A column of a section that speaks for a table where there is no room for all."""
+
+    section: int
+    column: int
+    paper: int | None = None
+    """The column of the paper's number beside it, where that is of other data."""
+
+
+@dataclass(frozen=True)
 class PaperTable:
     """One table of a paper and how it is reproduced."""
 
@@ -82,7 +92,8 @@ class PaperTable:
     ours: tuple[Ours, ...]
     notes: tuple[str, ...]
     flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Dataset, or DATASET/METHOD -> flags of `train` for every method on it, or for that one."""
+    """Whom they are for: `*` (every row), METHOD, DATASET or DATASET/METHOD -> flags of `train`. Of `*` and a DATASET
+    a method takes those that it has; where several say the same flag, the narrower one counts, in this order."""
     digits: int = 3
     """Decimals that the paper prints."""
     boxes: bool = False
@@ -99,6 +110,8 @@ class PaperTable:
     """Whether ± is 1.96 · sd / √seeds, and each seed is of training too (paper 002's appendix); else it is the sd."""
     percent: bool = False
     """Whether the paper prints shares in percent."""
+    key: tuple[Key, ...] = (Key(0, 0),)
+    """What a short page and the pictures show of it."""
 
     def columns_of(self, section: Section) -> tuple[Column, ...]:
         """The section's own columns, or else the table's."""
@@ -147,6 +160,16 @@ HEADS = {
 }
 RARE = ("movielens-20m", "taobao-cloud-theme", "hybrid")
 """Data sets whose columns have the paper's numbers alone where they are not given, as not everybody can have them."""
+
+S2META = (
+    *("--embedding", "16", "--steps", "5", "--first-rate", "0.02", "--batch-size", "16", "--lr", "3e-3"),
+    *("--epochs", "24", "--epoch-tasks", "1000", "--plateau", "1", "--lr-decay", "0.1"),
+)
+"""s²Meta's settings where tasks are users: an LSTM on every weight costs 25 ms a task, so that it sees 24,000 tasks."""
+S2META_NOTE = (
+    "s²Meta sees {} training tasks, a few passes where the others have ten or more: an LSTM on each of its weights"
+    " makes a task cost 25 ms, fifty times MeLU's."
+)
 
 FLOOR_NOTE = (
     "constant, bias and als are fitted in closed form on the same splits: the mean of all training ratings; item and"

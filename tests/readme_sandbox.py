@@ -55,6 +55,7 @@ def sandbox(folder: Path, raw: Path, data: Path) -> Iterator[Sandbox]:
     (folder / "melu_cold_users.txt").write_text("".join(f"{user}\n" for user in cold if _kept(user)))
     _few(raw / "ml-1m", folder / "ml-1m", {"ratings.dat": "::"})
     _few(raw / "BX", folder / "BX", {"BX-Book-Ratings.csv": ";"})
+    _few(raw / "ml-100k", folder / "ml-100k", {})
     (folder / "bin").mkdir()
     where = folder / "bin" / "socket"
     for name in ("python", "python3", "distmeta"):

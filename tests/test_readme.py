@@ -106,8 +106,9 @@ def test_caps() -> None:
     words = ["train", "melu", "--epochs", "1", "--valid-tasks", "5000"]
     assert capped(words) == [*words, "--epoch-tasks", "64", "--valid-tasks", "16", "--no-floors"]
     assert capped(["train", "--run", "r", "--resume"]) == ["train", "--run", "r", "--resume"]
-    words = capped(["reproduce", "paml-2", "--set", "wide", "lr=1", "--out", "o", "--seeds", "2"])
+    words = capped(["reproduce", "paml-3", "--set", "wide", "lr=1", "--out", "o", "--seeds", "2"])
     assert words[2:9] == ["--set", "wide", "lr=1", "epoch-tasks=64", "valid-tasks=16", "--out", "o"]
-    assert words[9:] == ["--seeds", "2", "--epochs", "1", "--seeds", "1", "--jobs", "1"]
+    assert words[9:13] == ["--seeds", "2", "--epochs", "1"]
+    assert words[13:] == ["--seeds", "1", "--jobs", "1", "--results", "runs/results"]
     with pytest.raises(UserError, match="did you mean"):
         parse(["benchmark", "methods", "--epoch", "1"])

@@ -174,6 +174,16 @@ def test_the_support_matters_and_an_empty_one_is_answered(world: World, learned:
             torch.testing.assert_close(empty[0], full[task])
 
 
+def test_a_batch_without_any_support_is_learned_from(world: World, learned: Method, name: str):
+    """Tasks of which nothing is known yet, and no other beside them."""
+    if learned.sweeps:
+        pytest.skip("is fitted in sweeps, without losses")
+    one = next(alone(world.test_batch(), support=0))
+    loss = learned.loss(one).sum()
+    grads = torch.autograd.grad(loss, [p for p in learned.parameters() if p.requires_grad], allow_unused=True)
+    assert all(bool(g.isfinite().all()) for g in (loss, *grads) if g is not None)
+
+
 def test_it_learns_more_than_a_constant(world: World, learned: Method, name: str):
     if world.table.scenarios:  # of a made world without tastes: it ranks what it was shown
         batch = next(world.loader("train").epoch(0))

@@ -40,8 +40,9 @@ def test_item_level_reading_by_hand():
     ((keys, values, mask),) = m.memory(x, [side], [side.mask.double()])
     user = torch.tensor([[0.25, 8.0]], dtype=torch.float64)
     mind = Mind(user, torch.zeros(1, 1, dtype=torch.float64), keys, values, mask)
-    out, read, _ = m.outputs(mind, rows([3]), x, torch.zeros(4, dtype=torch.float64))
-    torch.testing.assert_close(read, torch.tensor([[[2 / 3, 1 / 3]]], dtype=torch.float64))
+    asked = m.asked(mind, rows([3]), x, torch.zeros(4, dtype=torch.float64))
+    out = m.outputs(asked, mind.values)
+    torch.testing.assert_close(asked.read, torch.tensor([[[2 / 3, 1 / 3]]], dtype=torch.float64))
     torch.testing.assert_close(out - m.base, torch.tensor([[0.25 + ln2 / 3]], dtype=torch.float64))
 
 
@@ -58,7 +59,7 @@ def test_feature_level_writing_and_reading_by_hand():
     wanted = [0.45 * (1 - 1 / 8) - 2 * 0.15, 0.15 * (1 - 3 / 8) - 2 * 0.45]
     torch.testing.assert_close(values.flatten().tolist(), wanted, rtol=0, atol=1e-7)
     mind = Mind(torch.full((1, 1), 0.1).double(), torch.zeros(1, 1).double(), keys, values, mask)
-    out, _, _ = m.outputs(mind, rows([0]), x, torch.zeros(2).double())
+    out = m.scored(mind, rows([0]), x, torch.zeros(2).double())
     assert (out - m.base).item() == pytest.approx(0.1 + 0.5 * (0.75 * wanted[0] + 0.25 * wanted[1]), abs=1e-7)
 
 

@@ -50,6 +50,18 @@ class Mind:
     """bool [b, K]: which slots there are; None: all."""
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Rows to be scored, with all but what the memories hold."""
+
+    e: Tensor
+    """Their items' e_i [b, R, d]."""
+    read: Tensor
+    """How they read the slots [b, R, K]."""
+    known: Tensor
+    """Their outputs [b, R] from an empty memory."""
+
+
 class RUM(Method):
     """What the two levels share: everything but the writing."""
 
@@ -135,31 +147,38 @@ class RUM(Method):
             scale = support.mask.to(bias.dtype)
         return support, scale, offset
 
-    def outputs(self, mind: Mind, rows: Rows, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Outputs [b, R] of some rows, how they read the memory [b, R, K], and their e_i [b, R, d]."""
+    def asked(self, mind: Mind, rows: Rows, x: Tensor, bias: Tensor) -> Asked:
+        """Some rows, as a block's users and the keys of their memories meet them."""
         e = gather(x, rows.item)
         read = F.softmax(compared(e, mind), -1)
         if mind.mask is not None:
             read = read * mind.mask.unsqueeze(1)
-        user = mind.user.unsqueeze(1) + self.options.alpha * torch.bmm(read, mind.values)
-        out = self.base + mind.bias + (user * e).sum(-1)
+        known = self.base + mind.bias + torch.bmm(e, mind.user.unsqueeze(-1)).squeeze(-1)
         if self.biased:
-            out = out + gather(bias.unsqueeze(1), rows.item).squeeze(-1)
-        return out, read, e
+            known = known + gather(bias.unsqueeze(1), rows.item).squeeze(-1)
+        return Asked(e, read, known)
+
+    def outputs(self, asked: Asked, values: Tensor) -> Tensor:
+        """Outputs [b, R] where the memories hold the values [b, K, d]."""
+        return asked.known + self.options.alpha * (torch.bmm(asked.read, values) * asked.e).sum(-1)
+
+    def scored(self, mind: Mind, rows: Rows, x: Tensor, bias: Tensor) -> Tensor:
+        """Outputs [b, R] of some rows."""
+        return self.outputs(self.asked(mind, rows, x, bias), mind.values)
 
     def moved(self, mind: Mind, support: Rows, x: Tensor, bias: Tensor) -> Mind:
-        """After gradient steps of the values on the support's loss."""
+        """After gradient steps of the values on the support's loss; how they are read does not change."""
+        asked, values = self.asked(mind, support, x, bias), mind.values
+        back, size = asked.read.transpose(1, 2), self.options.alpha * self.options.local_lr
         for _ in range(self.options.steps):
-            out, read, e = self.outputs(mind, support, x, bias)
-            delta = self.head.delta(out, support) * (self.options.alpha * self.options.local_lr)
-            step = torch.bmm(read.transpose(1, 2), delta.unsqueeze(-1) * e)
-            mind = replace(mind, values=mind.values - step)
-        return mind
+            delta = self.head.delta(self.outputs(asked, values), support) * size
+            values = torch.baddbmm(values, back, delta.unsqueeze(-1) * asked.e, alpha=-1)
+        return replace(mind, values=values)
 
     def loss(self, batch: TaskBatch) -> Tensor:
         minds, x, bias = self.minds(batch)
         pairs = zip(minds, batch, strict=True)
-        losses = [self.head.error(self.outputs(mind, block.query, x, bias)[0], block.query) for mind, block in pairs]
+        losses = [self.head.error(self.scored(mind, block.query, x, bias), block.query) for mind, block in pairs]
         return torch.cat(losses) if losses else self.base.new_zeros(0)
 
     @torch.no_grad()
@@ -171,7 +190,7 @@ class RUM(Method):
         z = affine(self.embedding.item_rows(batch.items)[0], self.item.weight, self.item.bias)
         x, bias = z[:, : self.options.width], z[:, self.options.width :].sum(1)
         pairs = zip(state, batch, strict=True)
-        return [self.head.score(self.outputs(mind, block.query, x, bias)[0]) for mind, block in pairs]
+        return [self.head.score(self.scored(mind, block.query, x, bias)) for mind, block in pairs]
 
 
 def compared(e: Tensor, mind: Mind) -> Tensor:

@@ -21,7 +21,7 @@ class _Written(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, erase: Tensor, add: Tensor, packing: Packing) -> Tensor:
         w = weight.unsqueeze(2)
-        kept = torch.mul(w, erase.unsqueeze(1)).neg_().add_(1)
+        kept = torch.mul(w, -erase.unsqueeze(1)).add_(1)
         slots = torch.mul(w, add.unsqueeze(1))  # at first what each row adds, then what is there after it
         steps = zip(packing.counts, kept.split(packing.counts), slots.split(packing.counts), strict=True)
         before = None
@@ -37,22 +37,18 @@ class _Written(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad: Tensor) -> Any:  # type: ignore[override]
         (weight, erase, add, kept, slots), counts = ctx.saved_tensors, ctx.packing.counts
-        n, k, _ = kept.shape
-        both = torch.zeros_like(kept.unsqueeze(1).expand(-1, 2, -1, -1), memory_format=torch.contiguous_format)
+        both = kept.new_empty(len(kept), 2, *kept.shape[1:])
         d, through = both.unbind(1)  # the gradient of what is there after a row, and that times what was before it
-        d[ctx.packing.last] = grad[0]
+        d[ctx.packing.last] = grad[0]  # the others' comes from the row after them
+        through[: sum(counts[:1])] = 0  # before a task's first row there is nothing
         steps = list(zip(*(t.split(counts) for t in (d, through, kept, slots)), strict=True))
         for (earlier, _, _, before), (here, product, keep, _) in reversed(list(pairwise(steps))):
             m = len(here)
             torch.mul(here, keep, out=earlier[:m])
             torch.mul(here, before[:m], out=product)
-        pairs = both.view(n, 2 * k, -1)
-        by_both = torch.bmm(pairs, torch.stack((add, erase), 2))
-        w = weight.new_zeros(n, 2, 2 * k)
-        w[:, 0, :k] = weight
-        w[:, 1, k:] = weight
-        of_add, of_erase = torch.bmm(w, pairs).unbind(1)
-        return by_both[:, :k, 0] - by_both[:, k:, 1], -of_erase, of_add, None
+        by_weight = torch.matmul(both, torch.stack((add, -erase), 1).unsqueeze(3)).squeeze(3).sum(1)
+        of_add, of_erase = torch.matmul(weight[:, None, None], both).squeeze(2).unbind(1)
+        return by_weight, -of_erase, of_add, None
 
 
 def written(weight: Tensor, erase: Tensor, add: Tensor, packing: Packing) -> Tensor:

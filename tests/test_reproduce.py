@@ -18,7 +18,6 @@ from distmeta.commands import train
 from distmeta.evaluation import papertables, plane, report, reproduction, reproduction_page
 from distmeta.evaluation.measured import ErrorHistogram, Measured
 from distmeta.evaluation.papertables import TABLES, Column, Ours, PaperTable, Printed, Section, printed
-from distmeta.methods import METHODS
 from distmeta.storage import Location
 
 TINY = PaperTable(
@@ -273,12 +272,6 @@ def test_misuse_is_one_sentence(
     message = failing(capsys, ["reproduce", *given, *(["--out", str(tmp_path / "out")] if words else [])])
     assert [s for s in says if s not in message] == [], message
     assert not (tmp_path / "out").exists()
-
-
-def test_method_that_is_not_there(small: Location, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.delitem(METHODS, "transfer")
-    message = failing(capsys, ["reproduce", "tiny-1", "--data", f"synthetic={small}"])
-    assert "method transfer is not installed here; leave it out with --methods melu" in message
 
 
 @pytest.mark.parametrize("table", [t for t in TABLES.values() if t is not TINY], ids=lambda t: t.name)

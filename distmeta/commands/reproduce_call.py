@@ -13,7 +13,6 @@ from distmeta.evaluation.papertables import HEADS, PREPARE, RARE, TABLES, PaperT
 from distmeta.evaluation.studies import STUDIES, Study
 from distmeta.evaluation.style import FIRST, LAST
 from distmeta.fields import nearest
-from distmeta.methods import METHODS
 from distmeta.parallel import submitted
 from distmeta.storage import Location
 
@@ -182,7 +181,7 @@ def _check_panels(given: Sequence[str], studies: Sequence[Study]) -> None:
 
 
 def _methods(given: Sequence[str], tables: Sequence[Asked], of_all: set[str]) -> list[str]:
-    """The methods to run; UserError where one is in no table, or not in the registry."""
+    """The methods to run; UserError where one is in no table."""
     known = list(dict.fromkeys(o.method for t in tables for o in t.ours))
     for name in given:
         if name not in known:
@@ -195,12 +194,6 @@ def _methods(given: Sequence[str], tables: Sequence[Asked], of_all: set[str]) ->
         if table.name not in of_all and not {o.method for o in table.ours} & set(chosen):
             mine = " ".join(dict.fromkeys(o.method for o in table.ours))
             raise UserError(f"reproduce: --methods leaves nothing of {table.name}; give {mine}, or leave it out")
-    missing = [name for name in chosen if name not in METHODS]
-    if missing:
-        raise UserError(
-            f"reproduce: method {missing[0]} is not installed here; leave it out with --methods"
-            f" {' '.join(name for name in chosen if name in METHODS)}"
-        )
     return chosen
 
 

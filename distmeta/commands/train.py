@@ -82,7 +82,7 @@ def opened(config: Config, place: Location) -> tuple["Dataset", "TaskTable"]:
     if table.scenarios and not entry(config.method).scenarios:
         raise UserError(
             f"{config.method} learns users and the tasks of protocol {table.protocol} are scenarios; choose a protocol"
-            " of users, or one of the cmml methods"
+            f" of users, or a method that learns scenarios: {' '.join(n for n, e in METHODS.items() if e.scenarios)}"
         )
     if not table.scenarios and not entry(config.method).users:
         raise UserError(

@@ -62,18 +62,40 @@ class IALS:
 
 
 @dataclass(frozen=True)
-class Network:
-    """Embeddings of the fields and a decision MLP."""
+class Fields:
+    """Embeddings of the items' and the users' fields."""
 
     embedding: int = option(32, "Width of a field's embedding.", least=1)
-    hidden: tuple[int, ...] = option((64, 64), "Widths of the decision MLP's hidden layers.", least=1)
-    wide: bool = option(False, "Add a linear path from the features to the output, adapted like the other layers.")
     item_ids: bool = option(False, "Use the item's id as a feature too; the papers use content alone.")
     id_buckets: int = option(
         0,
         "Use the item's id hashed to one of N embeddings, where an embedding for each item would be too many; 0: no.",
         least=0,
     )
+
+
+@dataclass(frozen=True)
+class Vectors(Fields):
+    """Of scenarios, users' ids too, and vectors that are learned beforehand."""
+
+    user_ids: bool = option(False, "Scenarios: use the user's id as a feature too.")
+    pretrained: str = option(
+        "none",
+        "Scenarios: vectors of users and items as features too, learned beforehand from the training scenarios'"
+        " positives (but for pairs that validation and test ask about) by collaborative filtering: implicit ALS, or"
+        " BPR.",
+        ("none", "als", "bpr"),
+    )
+    pretrained_width: int = option(128, "Width of these vectors; s²Meta's are 128 wide.", least=1)
+    pretrained_frozen: bool = option(True, "Leave these vectors as they are, as s²Meta does; else they are learned on.")
+
+
+@dataclass(frozen=True)
+class Network(Fields):
+    """Embeddings of the fields and a decision MLP."""
+
+    hidden: tuple[int, ...] = option((64, 64), "Widths of the decision MLP's hidden layers.", least=1)
+    wide: bool = option(False, "Add a linear path from the features to the output, adapted like the other layers.")
     form: str = option(
         "auto", "Fast weights: auto by cost, dual pairs or private matrices.", ("auto", "dual", "private")
     )
@@ -219,7 +241,7 @@ class MAMO(Gradient):
 
 
 @dataclass(frozen=True)
-class CMML:
+class CMML(Vectors):
     """Adapts without a gradient: the support is encoded to a context that modulates the network."""
 
     sizes: str = option(
@@ -229,24 +251,7 @@ class CMML:
         " 64).",
         ("user", "scenario", "text"),
     )
-    embedding: int = option(32, "Width of a field's embedding.", least=1)
     embedding_std: float = option(0.1, "Standard deviation that the embeddings start with.", above=0)
-    item_ids: bool = option(False, "Use the item's id as a feature too; the papers use content alone.")
-    id_buckets: int = option(
-        0,
-        "Use the item's id hashed to one of N embeddings, where an embedding for each item would be too many; 0: no.",
-        least=0,
-    )
-    user_ids: bool = option(False, "Scenarios: use the user's id as a feature too.")
-    pretrained: str = option(
-        "none",
-        "Scenarios: vectors of users and items as features too, learned beforehand from the training scenarios'"
-        " positives (but for pairs that validation and test ask about) by collaborative filtering: implicit ALS, or"
-        " BPR.",
-        ("none", "als", "bpr"),
-    )
-    pretrained_width: int = option(128, "Width of these vectors; s²Meta's are 128 wide.", least=1)
-    pretrained_frozen: bool = option(True, "Leave these vectors as they are, as s²Meta does; else they are learned on.")
     hidden: tuple[int, ...] = option((), "Widths of the backbone's hidden layers; by default as --sizes.", least=1)
     leaky: float = option(0.01, "Slope of the backbone's ReLU below 0; the paper's text has 0.", least=0)
     encoder: str = option(
@@ -327,27 +332,10 @@ class CMMLSoftM(CMML):
 
 
 @dataclass(frozen=True)
-class S2Meta:
+class S2Meta(Vectors):
     """Learns where tasks begin, a step size and a decay for every coordinate, and when to stop."""
 
-    embedding: int = option(32, "Width of a field's embedding.", least=1)
     embedding_std: float = option(0.1, "Standard deviation that the embeddings start with.", above=0)
-    item_ids: bool = option(False, "Use the item's id as a feature too.")
-    id_buckets: int = option(
-        0,
-        "Use the item's id hashed to one of N embeddings, where an embedding for each item would be too many; 0: no.",
-        least=0,
-    )
-    user_ids: bool = option(False, "Scenarios: use the user's id as a feature too.")
-    pretrained: str = option(
-        "none",
-        "Scenarios: vectors of users and items as features too, learned beforehand from the training scenarios'"
-        " positives (but for pairs that validation and test ask about) by collaborative filtering: implicit ALS, or"
-        " BPR.",
-        ("none", "als", "bpr"),
-    )
-    pretrained_width: int = option(128, "Width of these vectors.", least=1)
-    pretrained_frozen: bool = option(True, "Leave these vectors as they are, as the paper does; else they are learned.")
     hidden: tuple[int, ...] = option(
         (64, 32, 16), "Widths of the hidden layers, all of which adapt; these are its code's for MovieLens.", least=1
     )

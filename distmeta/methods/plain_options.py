@@ -3,20 +3,14 @@
 from dataclasses import dataclass
 
 from distmeta.fields import option
+from distmeta.methods.options import Fields, Vectors
 
 
 @dataclass(frozen=True)
-class Joint:
+class Joint(Vectors):
     """Trained jointly on all rows of all tasks; fine-tuned on a new task's support where `steps` says so."""
 
-    embedding: int = option(32, "Width of a field's embedding.", least=1)
     hidden: tuple[int, ...] = option((64, 64), "Widths of the deep part's hidden layers.", least=1)
-    item_ids: bool = option(False, "Use the item's id as a feature too; the papers use content alone.")
-    id_buckets: int = option(
-        0,
-        "Use the item's id hashed to one of N embeddings, where an embedding for each item would be too many; 0: no.",
-        least=0,
-    )
     user_ids: bool = option(
         False,
         "Use the user's id as a feature too, one embedding a user; a user who was not trained on has 0, which"
@@ -29,14 +23,6 @@ class Joint:
         least=0,
         most=1,
     )
-    pretrained: str = option(
-        "none",
-        "Scenarios: vectors of users and items as features too, learned beforehand from the training scenarios'"
-        " positives by collaborative filtering: implicit ALS, or BPR.",
-        ("none", "als", "bpr"),
-    )
-    pretrained_width: int = option(128, "Width of these vectors; s²Meta's are 128 wide.", least=1)
-    pretrained_frozen: bool = option(True, "Leave these vectors as they are, as s²Meta does; else they are learned on.")
     steps: int = option(0, "Fine-tuning steps on the support; 0, as the papers have it: none.", least=0)
     local_lr: float = option(3e-3, "Step size of fine-tuning; it is not learned.", above=0)
     tuned: str = option(
@@ -95,17 +81,10 @@ class DCNF(DCN):
 
 
 @dataclass(frozen=True)
-class RUM:
+class RUM(Fields):
     """A memory of what the user rated, read for each item that is asked about."""
 
-    embedding: int = option(32, "Width of a field's embedding.", least=1)
     width: int = option(50, "Width d of a user's and of an item's vector, which the fields' are mapped to.", least=1)
-    item_ids: bool = option(False, "Use the item's id as a feature too.")
-    id_buckets: int = option(
-        0,
-        "Use the item's id hashed to one of N embeddings, where an embedding for each item would be too many; 0: no.",
-        least=0,
-    )
     slots: int = option(20, "Memory slots K of a user.", least=1)
     alpha: float = option(
         0.5, "Weight α of what is read from the memory, beside the user's own vector.", least=0, most=1
@@ -147,25 +126,9 @@ class RUMFeature(RUM):
 
 
 @dataclass(frozen=True)
-class CoNet:
+class CoNet(Vectors):
     """Scenarios: two networks side by side, on the scenarios and on a source domain, that see each other's layers."""
 
-    embedding: int = option(32, "Width of a field's embedding.", least=1)
-    item_ids: bool = option(False, "Use the item's id as a feature too.")
-    id_buckets: int = option(
-        0,
-        "Use the item's id hashed to one of N embeddings, where an embedding for each item would be too many; 0: no.",
-        least=0,
-    )
-    user_ids: bool = option(False, "Use the user's id as a feature too.")
-    pretrained: str = option(
-        "none",
-        "Vectors of users and items as features too, learned beforehand from the training scenarios' positives (but for"
-        " pairs that validation and test ask about): implicit ALS, or BPR.",
-        ("none", "als", "bpr"),
-    )
-    pretrained_width: int = option(128, "Width of these vectors; s²Meta's are 128 wide.", least=1)
-    pretrained_frozen: bool = option(True, "Leave these vectors as they are, as s²Meta does; else they are learned on.")
     hidden: tuple[int, ...] = option((64, 32, 16), "Widths of both networks' hidden layers.", least=1)
     source: str = option(
         "outside",

@@ -11,7 +11,6 @@ has the mean of the others', so that items are to it what they are to everybody.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from distmeta.data.absent import Taken
 from distmeta.data.collate import block_bounds, spans
 from distmeta.methods.base import Method
 from distmeta.methods.ials import folded
+from distmeta.methods.options import Vectors
 from distmeta.networks import Embedding
 
 Ints = NDArray[np.int64]
@@ -158,13 +158,13 @@ def learn(kind: str, user: Ints, item: Ints, into: tuple[Tensor, Tensor]) -> Ite
 
 
 class WithVectors(Method):
-    """A method whose `embedding` may have vectors of users and items that are learned before training; its options
-    are `pretrained` (none, als, bpr), `pretrained_width` and `pretrained_frozen`."""
+    """A method whose `embedding` may have vectors of users and items that are learned before training, as its
+    options say."""
 
     embedding: Embedding
 
     @staticmethod
-    def vector_width(options: Any) -> int:
+    def vector_width(options: Vectors) -> int:
         """Width of the vectors; 0 where there are none."""
         return options.pretrained_width if options.pretrained != "none" else 0
 

@@ -363,7 +363,7 @@ class _Training:
         """
         state, learning = self.progress, self.times.learning()
         workers = together(self.exchange.gather(self.times.packed()))
-        ranked = self.valid.table.scenarios
+        ranked, now = self.valid.table.scenarios, time.process_time()
         line = {
             "epoch": self.epoch + 1,
             "step": self.step,
@@ -375,7 +375,7 @@ class _Training:
             **({"valid_recall@10": 1 - mae, "valid_recall@50": 1 - mse} if ranked and math.isfinite(mae) else {}),
             "lr": self.update.rate(self.step - 1) if self.update else None,
             "wait_s": state.wait,
-            "cpu_s": -self.cpu + (now := time.process_time()),
+            "cpu_s": now - self.cpu,
             **{f"{k}_s": v for k, v in state.phases.items()},
             **workers,
             **clusters,

@@ -168,7 +168,7 @@ S2META = (
 """s²Meta's settings where tasks are users: an LSTM on every weight costs 25 ms a task, so that it sees 24,000 tasks."""
 S2META_NOTE = (
     "s²Meta sees {} training tasks, a few passes where the others have ten or more: an LSTM on each of its weights"
-    " makes a task cost 25 ms, fifty times MeLU's."
+    " makes a task cost some 25 ms, a dozen times MeLU's."
 )
 
 FLOOR_NOTE = (

@@ -32,6 +32,9 @@ SOON_DEAD = {
     "RAY_health_check_failure_threshold": "4",
 }
 """A node that is gone counts as dead after 2 seconds, not after 30; one on a busy machine may take its time."""
+KEPT = {"RAY_idle_worker_killing_time_threshold_ms": "120000", "RAY_num_workers_soft_limit": "8"}
+"""Idle workers wait for the next task; by default all but one a CPU end after a second, and each start takes seconds of
+a core."""
 _APART = ["unshare", "--mount", *(["--map-root-user"] if os.geteuid() else [])]
 
 
@@ -151,7 +154,7 @@ def head(home: Path, options: Sequence[str] = ("--num-cpus=2",), **extra: str) -
     Args:
         home: a folder of its own, for the token and the log. options: of `ray start`. extra: environment.
     """
-    settings = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0", "RAY_worker_niceness": "0", **extra}  # 30 s; 15
+    settings = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0", "RAY_worker_niceness": "0", **KEPT, **extra}  # 30 s; 15
     env = environment(home, **settings)
     gcs, api, client, agent = free_ports(4)
     short = tempfile.mkdtemp(prefix="dm")  # socket names below it may have 107 characters

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from emulation import SOON_DEAD
+from emulation import KEPT, SOON_DEAD
 
 from distmeta import cli
 from distmeta.parallel.local_nodes import LocalNodes, raylet
@@ -21,6 +21,7 @@ SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process less for each start of workers
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
     **SOON_DEAD,
+    **KEPT,
 }
 
 

@@ -15,6 +15,7 @@ NOT_RUN = {
     "python -m jobs.reproduce cmml-3 cmml-switches": "19 rows, a minute: test_reproduce_cmml plans them",
     "python -m jobs.reproduce all": "ninety rows: test_reproduce and test_results run tables of a small world",
     "python -m jobs.reproduce --report": "writes this very page: test_results holds that it is what is made",
+    "python -m jobs.reproduce mamo-fig2": "dozens of runs: test_studies runs studies of a small world",
     "python -m jobs.reproduce cmml-fig2": "18 processes that import torch, a minute: test_costs runs it",
 }
 """Phrase of a block that is only read, its command lines parsed -> why. One that begins with `python -m jobs` or `tune`
@@ -33,7 +34,6 @@ CAPS = {
     "search": "--trials 1 --epochs 1 --grace 1 --set epoch-tasks=64 --set valid-tasks=16 --set no-floors",
     "reproduce": f"{_ONCE} --set {_TASKS}",
     "reproduce cmml-2": f"{_ONCE} --methods cmml-linear --set {_TASKS} {_LISTS}",
-    "reproduce mamo-fig2": f"{_ONCE} --panels tau --set {_TASKS}",
     "reproduce paml-2": f"{_ONCE} --methods melu reg-paml --set {_TASKS}",
     "reproduce mamo-1": f"{_ONCE} --methods mamo --set {_TASKS}",
     "reproduce which": "--methods bias als --jobs 1 --results runs/results",

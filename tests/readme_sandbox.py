@@ -18,7 +18,7 @@ from emulation import head
 from readme_blocks import REPO, Block
 from readme_python import CLIENT
 
-EVERY = 16
+EVERY = 32
 """One of so many users of the real logs is there."""
 _SECONDS = 500
 """That a block may take."""

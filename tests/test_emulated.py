@@ -165,7 +165,6 @@ def a_lost_node(store: Store) -> None:
         text = job.end()
         assert " died" in text or " lost the others" in text
         assert "going on from step" in text
-        evaluate(made)
 
 
 def a_lost_cluster(store: Store) -> None:

@@ -47,10 +47,10 @@ LONG = {
 }
 """What makes training on the small dataset last for seconds, so that there is something to kill."""
 
-ALIKE = {"metasgd", "paml", "reg-paml", "transfer", "cmml-linear", "cmml-sigmoid", "cmml-softm"}
+ALIKE = {"metasgd", "paml", "reg-paml", "transfer", "cmml-linear", "cmml-sigmoid", "cmml-softm", "cmml-film"}
 ALIKE |= {"metacs", "constant", "itemmean", "bias", "itempop", "ials", "rum-item", "rum-feature", "conet"}
 ALIKE |= {"s2meta", "widedeep", "deepfm", "dcn", "dcn-f"}
-"""They differ from melu, cmml-film or als in arithmetic alone, which test_parity has; a kill costs half a minute."""
+"""They differ from melu or als in arithmetic alone, which test_parity has; a kill costs half a minute."""
 SHARING = [name for name in METHODS if method_class(name).memories is not Method.memories]
 """Methods whose tasks share a state."""
 
@@ -125,13 +125,15 @@ def test_killed_worker(tmp_path, suits, nodes, calm, capfd, method):
 
 @pytest.mark.parametrize("method", SHARING)
 def test_killed_worker_and_server(tmp_path, small, nodes, calm, capfd, method):
-    """Invariant 4: a worker is killed, and once others go on the server of the shared state; the run ends in the bits
-    of an undisturbed one."""
+    """Invariant 4: a worker is killed (of one of the methods), and once others go on the server of the shared state;
+    the run ends in the bits of an undisturbed one."""
+    both = method == SHARING[0]
     with command(*argv(tmp_path / "run", small, method, *LONG.get(method, []))) as run:
         run.wait(lambda: len(lines(tmp_path / "run")) > 3)
-        os.kill(nodes.workers()[len(method) % 2 - 1], signal.SIGKILL)
-        before = len(lines(tmp_path / "run"))
-        run.wait(lambda: len(lines(tmp_path / "run")) > before + 1)
+        if both:
+            os.kill(nodes.workers()[0], signal.SIGKILL)
+            before = len(lines(tmp_path / "run"))
+            run.wait(lambda: len(lines(tmp_path / "run")) > before + 1)
         (server,) = nodes.servers()
         os.kill(server, signal.SIGKILL)
     assert run.status == 0
@@ -139,7 +141,7 @@ def test_killed_worker_and_server(tmp_path, small, nodes, calm, capfd, method):
     assert final(tmp_path / "run") == final(calm(method))
     assert [r["epoch"] for r in lines(tmp_path / "run")] == [r["epoch"] for r in lines(calm(method))]
     out = capfd.readouterr().out
-    assert " died" in out
+    assert not both or " died" in out
     assert re.search(
         r"the shared state \w+ was lost: its server \(shard 0, process \d+ on .*the workers are restarted", out
     )
@@ -205,9 +207,9 @@ def test_streamed(tmp_path, nodes, capfd, monkeypatch):
     place = Location.of(tmp_path / "data")
     words = ["prepare", "synthetic", "--users", "1200", "--items", "200", "--per-user", "30", "60", "--out", str(place)]
     assert cli.main(words) == 0
-    flags = ["--memory-mb", "1", "--epochs", "3", "--steps", "1", "--query-rows", "5"]
+    flags = ["--memory-mb", "1", "--epochs", "2", "--steps", "1", "--query-rows", "5"]
     with command(*argv(tmp_path / "run", place, "melu", *flags)) as run:
-        run.wait(lambda: len(lines(tmp_path / "run")) > 1)
+        run.wait(lambda: lines(tmp_path / "run"))
         os.kill(nodes.workers()[0], signal.SIGKILL)
     assert run.status == 0
     assert "streamed in " in capfd.readouterr().out

@@ -13,6 +13,8 @@ NOT_RUN = {
     "--gpu": "a GPU: test_gpu does the same where there is one, test_devices on a pretended one",
     "python -m jobs.benchmark scaling": "five trainings, three of them clusters that start: test_scaling runs it",
     "python -m jobs.reproduce cmml-3 cmml-switches": "19 rows, a minute: test_reproduce_cmml plans them",
+    "python -m jobs.reproduce cmml-2": "four rows of scenarios: test_reproduce_cmml runs some",
+    "python -m jobs.reproduce mamo-1": "six rows as those of paml-2, which are run: test_reproduce has the flags",
     "python -m jobs.reproduce all": "ninety rows: test_reproduce and test_results run tables of a small world",
     "python -m jobs.reproduce --report": "writes this very page: test_results holds that it is what is made",
     "python -m jobs.reproduce mamo-fig2": "dozens of runs: test_studies runs studies of a small world",
@@ -24,7 +26,6 @@ stands for those commands alone; what else the block has is run."""
 _TASKS = "epoch-tasks=64 valid-tasks=16"
 _ONCE = "--epochs 1 --seeds 1 --jobs 1 --results runs/results"
 """Its own results are not the repository's."""
-_LISTS = "scenario-users=20 pretrained-width=8"
 CAPS = {
     "train": "--epochs 1 --epoch-tasks 64 --valid-tasks 16 --no-floors",
     "train cmml-scenario": "--epochs 1 --epoch-tasks 32 --valid-tasks 4 --no-floors --scenario-users 20"
@@ -33,9 +34,7 @@ CAPS = {
     "prepare synthetic --profile": "--users 1000 --items 2000 --interactions 20000 --jobs 1",
     "search": "--trials 1 --epochs 1 --grace 1 --set epoch-tasks=64 --set valid-tasks=16 --set no-floors",
     "reproduce": f"{_ONCE} --set {_TASKS}",
-    "reproduce cmml-2": f"{_ONCE} --methods cmml-linear --set {_TASKS} {_LISTS}",
     "reproduce paml-2": f"{_ONCE} --methods melu reg-paml --set {_TASKS}",
-    "reproduce mamo-1": f"{_ONCE} --methods mamo --set {_TASKS}",
     "reproduce which": "--methods bias als --jobs 1 --results runs/results",
     "benchmark adaptation": "--repeats 1 --steps 1 --model plain --quick",
     "benchmark input": "--users 200 --epochs 1",

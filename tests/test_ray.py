@@ -41,6 +41,7 @@ FLAGS = [
 LONG = {
     "hml": ["--epochs", "14"],
     "at-paml": ["--epochs", "14"],
+    "mamo": ["--epochs", "14"],
     "melu": ["--epochs", "40"],
     "metacs": ["--epochs", "20"],
     "als": ["--passes", "300"],

@@ -120,7 +120,7 @@ class Head:
 
     def ray(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
         everything = {**self.env, "RAY_API_SERVER_ADDRESS": self.api, **env}
-        return subprocess.run([RAY, *words], env=everything, capture_output=True, text=True, timeout=150)
+        return subprocess.run([RAY, *words], env=everything, capture_output=True, text=True, timeout=300)
 
     def submit(self, tree: Path, *words: str, options: tuple[str, ...] = ()) -> tuple[int, str]:
         """Exit status and output of `ray job submit`, which follows the job's log."""

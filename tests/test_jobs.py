@@ -50,7 +50,7 @@ def undisturbed(small: Location, tmp_path_factory: pytest.TempPathFactory) -> It
     process = subprocess.Popen(words, cwd=REPO, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def finish() -> Path:
-        output = process.communicate(timeout=150)[0]
+        output = process.communicate(timeout=300)[0]
         assert process.returncode == 0, output
         assert "Traceback" not in output
         until(lambda: not descendants(env), f"left running: {descendants(env)}", 20)
@@ -93,7 +93,7 @@ def test_a_stopped_job_goes_on_to_the_same_parameters(undisturbed, guarded, smal
     words = [*job(*TRAIN), "--data", str(small), "--run", str(run), "--workers", "2"]
     status, output = guarded.submit(tree, *words, options=("--no-wait", "--submission-id", "first"))
     assert status == 0, output
-    until(lambda: list(run.glob("checkpoints/*/checkpoint.json")), "no checkpoint")
+    until(lambda: list(run.glob("checkpoints/*/checkpoint.json")), "no checkpoint", 240)
     assert guarded.ray("job", "stop", "first").returncode == 0
     assert "'first' was stopped" in guarded.ray("job", "status", "first").stdout
     log = guarded.ray("job", "logs", "first").stdout

@@ -14,7 +14,7 @@ NOT_RUN = {
     "python -m jobs.benchmark scaling": "five trainings, three of them clusters that start: test_scaling runs it",
     "python -m jobs.reproduce cmml-3 cmml-switches": "19 rows, a minute: test_reproduce_cmml plans them",
     "python -m jobs.reproduce cmml-2": "four rows of scenarios: test_reproduce_cmml runs some",
-    "python -m jobs.reproduce mamo-1": "six rows as those of paml-2, which are run: test_reproduce has the flags",
+    "python -m jobs.reproduce mamo-1": "six rows like those of paml-2, of which some are run",
     "python -m jobs.reproduce all": "ninety rows: test_reproduce and test_results run tables of a small world",
     "python -m jobs.reproduce --report": "writes this very page: test_results holds that it is what is made",
     "python -m jobs.reproduce mamo-fig2": "dozens of runs: test_studies runs studies of a small world",

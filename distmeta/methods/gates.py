@@ -317,10 +317,9 @@ def _back_cell(step: _Step, state: Tensor, further: Tensor | None) -> tuple[Tens
     torch.mul(g, 2, out=by_i).sub_(1).mul_(cell)
     torch.mul(cell, step.before, out=by_f)
     torch.mul(cell, i, out=by_g).mul_(2)
-    _through.grad_input(da, step.activations, grad_input=da)
+    _through_sigmoid.grad_input(da, step.activations, grad_input=da)
     return da, cell.mul_(f)
 
 
-_through: Any = torch.ops.aten.sigmoid_backward
-_through_sigmoid: Any = _through
+_through_sigmoid: Any = torch.ops.aten.sigmoid_backward
 """What is passed on through σ: of (gradient of the output, output), in one pass."""

@@ -162,7 +162,7 @@ class S2Meta(WithVectors):
         start, cells = self.backbone.start(), [gates() for gates in self.gates]
         found = []
         for block in batch:
-            loop = _Loop(self, block, encoded, start, cells, Median())
+            loop = _Loop(self, block, encoded, start, cells, Median(block))
             loop.run()
             counts = loop.steps.counts()
             found.append(Adapted(loop.steps.final, counts, loop.rate / counts.clamp(min=1)))

@@ -52,12 +52,11 @@ class Drawn:
 class Median:
     """Stops a task at the first step before which a draw would have stopped it with a chance of a half or more."""
 
-    def __init__(self) -> None:
-        self.chance: dict[int, float] = {}
-        """Of each task, log of its chance to have gone on."""
+    def __init__(self, block: TaskBlock) -> None:
+        self.chance = torch.zeros(len(block.task), dtype=torch.float64, device=block.task.device)
+        """Of each task [b], log of its chance to have gone on."""
 
     def stops(self, step: int, tasks: Tensor, going: Tensor) -> Tensor:
         """As `Drawn.stops`."""
-        now = [self.chance.get(i, 0.0) + g for i, g in zip(tasks.tolist(), going.tolist(), strict=True)]
-        self.chance = dict(zip(tasks.tolist(), now, strict=True))
-        return torch.tensor(now, device=going.device) <= -math.log(2)
+        self.chance[tasks] += going
+        return self.chance[tasks] <= -math.log(2)
